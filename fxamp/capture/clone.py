@@ -1,0 +1,75 @@
+"""How can a model be traced without being touched?
+
+A clone of the module tree has its own modules and containers, and shares every parameter
+and buffer. What a forward does to ``self`` while it is traced stays in the clone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["clone_tree"]
+
+_SHARED = (torch.jit.ScriptModule,)
+
+
+def clone_tree(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares all tensors with ``model``.
+
+    Modules and the plain lists, dicts and sets they hold are new; a module used twice stays one
+    module. The model is left as it is. Scripted modules cannot be copied so and stay shared.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> clone = clone_tree(model)
+        >>> clone[0] is model[0], clone[0].weight is model[0].weight
+        (False, True)
+    """
+    memo: dict[int, Any] = {}
+    clone = _clone(model, memo)
+    assert isinstance(clone, nn.Module)
+    return clone
+
+
+def _clone(value: Any, memo: dict[int, Any]) -> Any:
+    known = memo.get(id(value))
+    if known is not None:
+        return known
+    if isinstance(value, nn.Module) and not isinstance(value, _SHARED):
+        return _clone_module(value, memo)
+    if type(value) in (dict, list, set) or _is_ordered_dict(value):
+        return _clone_container(value, memo)
+    if type(value) is tuple and any(_holds_state(item) for item in value):
+        return tuple(_clone(item, memo) for item in value)
+    return value
+
+
+def _clone_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    new: nn.Module = object.__new__(type(module))
+    memo[id(module)] = new
+    new.__dict__.update({name: _clone(value, memo) for name, value in module.__dict__.items()})
+    return new
+
+
+def _clone_container(value: Any, memo: dict[int, Any]) -> Any:
+    new = type(value)()
+    memo[id(value)] = new
+    if isinstance(value, dict):
+        new.update({key: _clone(item, memo) for key, item in value.items()})
+    elif isinstance(value, list):
+        new.extend(_clone(item, memo) for item in value)
+    else:
+        new.update(value)
+    return new
+
+
+def _is_ordered_dict(value: Any) -> bool:
+    return type(value).__name__ == "OrderedDict" and isinstance(value, dict)
+
+
+def _holds_state(value: Any) -> bool:
+    return isinstance(value, nn.Module | dict | list | set)

@@ -1,0 +1,87 @@
+"""What does a traced value do that torch.fx's own does not?
+
+``x += y`` and ``x[i] = y`` are recorded as the writes they are (plain torch.fx turns the first into
+``x = x + y`` and refuses the second), attributes are read where the program reads them, and setting
+an attribute of a traced value is refused instead of lost.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.proxy import Attribute, TraceError
+
+__all__ = ["AmpAttribute", "AmpParameterProxy", "AmpProxy"]
+
+_OWN = frozenset({"tracer", "node", "root", "attr", "_node", "_tensor"})
+_INPLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
+
+
+class _Recorded(fx.Proxy):
+    """What our proxies add to torch.fx's."""
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = AmpAttribute(self, name)
+        if not callable(getattr(torch.Tensor, name, None)):
+            _ = attribute.node  # data, not a method: its value is taken here, not at the first use
+        return attribute
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN:
+            raise TraceError(f"sets the attribute '{name}' of a tensor")
+        object.__setattr__(self, name, value)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _record_inplace(name: str) -> Any:
+    target = getattr(operator, name)
+
+    def method(self: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+for _name in _INPLACE:
+    setattr(_Recorded, f"__{_name}__", _record_inplace(_name))
+
+
+class AmpProxy(_Recorded):
+    """A traced value."""
+
+
+class AmpAttribute(_Recorded, Attribute):
+    """An attribute of a traced value, or a method of it that is about to be called."""
+
+
+class AmpParameterProxy(_Recorded):
+    """A traced parameter or buffer. Its shape is known while tracing, so code may branch on it."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: torch.Tensor) -> None:
+        super().__init__(node, tracer)
+        self._tensor = tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._tensor.shape
+
+    @property
+    def ndim(self) -> int:
+        return self._tensor.ndim
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self._tensor.shape if dim is None else self._tensor.shape[dim]
+
+    def dim(self) -> int:
+        return self._tensor.dim()
+
+    def numel(self) -> int:
+        return self._tensor.numel()
+
+    def __len__(self) -> int:
+        return len(self._tensor)

@@ -1,0 +1,155 @@
+"""Which autocast and grad-mode regions was each call made in?
+
+Tracing runs the user's ``with torch.autocast(...)`` as Python, and plain torch.fx forgets it. While a
+model is traced, ``__enter__`` and ``__exit__`` of the context managers are patched: an autocast region
+becomes an entry of a stack that every node is stamped with; a grad-mode region becomes nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.autograd import grad_mode
+
+__all__ = ["AutocastState", "Region", "RegionRecorder", "state_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One ``with torch.autocast(...)`` of the user's, as it was entered.
+
+    ``index`` counts the regions of one trace, so that a region entered twice is two regions.
+    """
+
+    index: int
+    device_type: str
+    dtype: torch.dtype
+    enabled: bool
+    cache_enabled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AutocastState:
+    """What autocast would do for one device type at one place of the program.
+
+    ``epoch`` tells cast caches apart: autocast empties its cache when the outermost region ends.
+    """
+
+    dtype: torch.dtype
+    enabled: bool
+    cache_enabled: bool = True
+    epoch: int = -1
+
+
+def state_of(regions: tuple[Region, ...], device_type: str, ambient: AutocastState) -> AutocastState:
+    """The autocast state inside ``regions`` (outermost first), entered under the state ``ambient``."""
+    state = ambient
+    for region in regions:
+        if region.device_type == device_type:
+            state = AutocastState(region.dtype, region.enabled, region.cache_enabled)
+        else:
+            state = AutocastState(state.dtype, state.enabled, region.cache_enabled)
+    epoch = regions[0].index if regions and not ambient.enabled else -1
+    return AutocastState(state.dtype, state.enabled, state.cache_enabled, epoch)
+
+
+class RegionRecorder:
+    """Records the regions that are open while a model is traced.
+
+    Args:
+        emit: called with a function and its arguments to put a call into the graph; returns its proxy.
+    """
+
+    def __init__(self, emit: Callable[..., Any]) -> None:
+        self.open: tuple[Region, ...] = ()
+        self._emit = emit
+        self._count = 0
+        self._outer: dict[int, list[Any]] = {}
+        self._inside = False
+
+    @contextmanager
+    def recording(self) -> Iterator[RegionRecorder]:
+        """Patches the context managers of torch until the block ends."""
+        with ExitStack() as stack:
+            for owner, name, wrap in (
+                (torch.autocast, "__init__", _autocast_init),
+                (torch.autocast, "__enter__", self._autocast_enter),
+                (torch.autocast, "__exit__", self._autocast_exit),
+                (torch.no_grad, "__enter__", self._grad_enter),
+                (torch.no_grad, "__exit__", self._grad_exit),
+                (torch.enable_grad, "__enter__", self._grad_enter),
+                (torch.enable_grad, "__exit__", self._grad_exit),
+                (torch.set_grad_enabled, "__init__", self._grad_enter),
+                (torch.set_grad_enabled, "__exit__", self._grad_exit),
+                (torch.inference_mode, "__enter__", self._inference_enter),
+                (torch.inference_mode, "__exit__", self._inference_exit),
+            ):
+                patched = _method(wrap, getattr(owner, name))
+                stack.enter_context(mock.patch.object(owner, name, patched))
+            yield self
+
+    def _autocast_enter(self, original: Any, region: Any) -> Any:
+        entry = Region(self._count, region.device, region.fast_dtype, region._enabled, region._cache_enabled)
+        self._count += 1
+        result = original(region)
+        self.open = (*self.open, entry)
+        return result
+
+    def _autocast_exit(self, original: Any, region: Any, *exc: Any) -> Any:
+        self.open = self.open[:-1]
+        return original(region, *exc)
+
+    # The mode to come back to is the caller's at run time, so it is read in the graph, not while tracing.
+    def _grad_enter(self, original: Any, region: Any, *args: Any) -> None:
+        # torch.no_grad enters through torch.set_grad_enabled: only the outer one is recorded.
+        if self._inside:
+            return original(region, *args)
+        before = self._emit(torch.is_grad_enabled)
+        self._inside = True
+        original(region, *args)
+        self._inside = False
+        self._emit(torch._C._set_grad_enabled, torch.is_grad_enabled())
+        self._outer.setdefault(id(region), []).append(before)
+
+    def _grad_exit(self, original: Any, region: Any, *exc: Any) -> None:
+        before = self._outer.get(id(region))
+        self._inside = True
+        original(region, *exc)
+        self._inside = False
+        if before:
+            self._emit(torch._C._set_grad_enabled, before.pop())
+
+    # Not entered for real: what tracing itself creates must not become inference tensors.
+    def _inference_enter(self, original: Any, region: Any) -> None:
+        context = self._emit(grad_mode._enter_inference_mode, bool(region.mode))
+        self._outer.setdefault(id(region), []).append(context)
+
+    def _inference_exit(self, original: Any, region: Any, *exc: Any) -> None:
+        self._emit(grad_mode._exit_inference_mode, self._outer[id(region)].pop())
+
+
+def _autocast_init(
+    original: Any,
+    region: Any,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    enabled: bool = True,
+    cache_enabled: bool | None = None,
+) -> None:
+    # Without a GPU torch.autocast("cuda") warns and disables itself; what counts here is what was asked for.
+    blind = device_type == "cuda" and not torch.cuda.is_available()
+    original(region, device_type, dtype, enabled and not blind, cache_enabled)
+    if blind:
+        region._enabled = enabled
+
+
+def _method(wrap: Callable[..., Any], original: Any) -> Callable[..., Any]:
+    def patched(region: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrap(original, region, *args, **kwargs)
+
+    return patched

@@ -1,0 +1,206 @@
+"""How do the arguments of a call reach the graph?
+
+A graph has placeholders; a Python signature has defaults, ``*args`` and keywords. A *layout* says which
+arguments of a call are placeholders of a graph and which are constants baked into it: required ones
+are placeholders, an optional one that was not given stays its default. Two calls with the same layout
+share a graph. With a loss, one call carries the arguments of both.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxamp.errors import CaptureError
+
+__all__ = ["CallSignature", "Layout", "Slot"]
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class Slot(NamedTuple):
+    """One argument of a layout: ``kind`` is "value", "tree" (its leaves are placeholders) or "constant"."""
+
+    name: str
+    kind: str
+    detail: Any = None  # the constant, or the tree's structure
+
+
+Layout = tuple[Slot, ...]
+
+
+@dataclass(frozen=True)
+class CallSignature:
+    """The combined signature of a model and, optionally, its loss.
+
+    ``signature`` is what the user sees; ``owners`` says for each parameter whether it goes to the
+    "model" or the "loss", and under which name.
+    """
+
+    signature: inspect.Signature
+    owners: Mapping[str, tuple[str, str]]
+
+    @staticmethod
+    def of(model: Callable[..., Any], loss: Callable[..., Any] | None) -> CallSignature:
+        """The signature of ``model``, followed by the required and then the optional arguments of ``loss``."""
+        ours = _parameters(model)
+        owners = {parameter.name: ("model", parameter.name) for parameter in ours}
+        if loss is None:
+            return CallSignature(inspect.Signature(ours), owners)
+        theirs = _loss_parameters(loss)
+        merged = [p for p in ours if p.kind in _POSITIONAL and p.default is p.empty]
+        stars = [p for p in ours if p.kind is p.VAR_POSITIONAL]
+        for parameter in theirs:
+            if parameter.default is not parameter.empty:
+                continue
+            name = parameter.name if parameter.name not in owners else f"loss_{parameter.name}"
+            owners[name] = ("loss", parameter.name)
+            merged.append(parameter.replace(name=name, kind=parameter.POSITIONAL_OR_KEYWORD))
+        merged = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in merged]
+        optional = [p for p in ours if p.default is not p.empty or p.kind is p.KEYWORD_ONLY]
+        for parameter in theirs:
+            if parameter.default is not parameter.empty and parameter.name not in owners:
+                owners[parameter.name] = ("loss", parameter.name)
+                optional.append(parameter)
+        merged += stars + [p.replace(kind=p.KEYWORD_ONLY) for p in optional]
+        merged += [p for p in ours if p.kind is p.VAR_KEYWORD]
+        return CallSignature(inspect.Signature(merged), owners)
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The names of the positional parameters that have no default."""
+        parameters = self.signature.parameters.values()
+        return tuple(p.name for p in parameters if p.kind in _POSITIONAL and p.default is p.empty)
+
+    @property
+    def starred(self) -> bool:
+        """Whether the model takes ``*args``."""
+        return any(p.kind is p.VAR_POSITIONAL for p in self.signature.parameters.values())
+
+    def base_layout(self, stars: int = 1) -> Layout:
+        """The layout of a call that gives the required arguments only, and ``stars`` values for ``*args``."""
+        slots = []
+        for p in self.signature.parameters.values():
+            if p.kind is p.VAR_POSITIONAL:
+                slots.append(Slot(p.name, "tree", pytree.tree_structure((0,) * stars)))
+            elif p.default is not p.empty:
+                slots.append(Slot(p.name, "constant", p.default))
+            elif p.kind is not p.VAR_KEYWORD:
+                slots.append(Slot(p.name, "value"))
+        return tuple(slots)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Argument names to values, defaults included; ``**kwargs`` of the model are spread out.
+
+        Raises:
+            TypeError: as the model itself would, when the arguments do not fit.
+        """
+        bound = self.signature.bind(*self._loss_last(args, kwargs), **kwargs)
+        bound.apply_defaults()
+        values = dict(bound.arguments)
+        for p in self.signature.parameters.values():
+            if p.kind is p.VAR_KEYWORD:
+                values.update(values.pop(p.name))
+        return values
+
+    def _loss_last(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """``*inputs, *loss_args`` as the user writes them, in the order of the signature."""
+        if not self.starred:
+            return args
+        required = self.required
+        loss = [name for name in required if self.owners[name][0] == "loss" and name not in kwargs]
+        split = len(args) - len(loss)
+        if not loss or split < 0:
+            return args
+        leading = len(required) - len(loss)
+        return args[:leading] + args[split:] + args[leading:split]
+
+    def layout(self, values: Mapping[str, Any], *, bake_numbers: bool = False) -> Layout:
+        """The layout that these argument values ask for."""
+        base = {slot.name: slot for slot in self.base_layout()}
+        return tuple(_slot(name, value, base.get(name), bake_numbers) for name, value in values.items())
+
+    def split(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+        """Argument values as (positional of the model, keywords of the model, keywords of the loss)."""
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        loss: dict[str, Any] = {}
+        parameters = self.signature.parameters
+        for name, value in values.items():
+            owner, original = self.owners.get(name, ("model", name))
+            kind = parameters[name].kind if name in parameters else inspect.Parameter.VAR_KEYWORD
+            if owner == "loss":
+                loss[original] = value
+            elif kind is inspect.Parameter.VAR_POSITIONAL:
+                positional.extend(value)
+            elif kind is inspect.Parameter.POSITIONAL_ONLY or (self.starred and kind in _POSITIONAL):
+                positional.append(value)
+            else:
+                keywords[original] = value
+        return tuple(positional), keywords, loss
+
+
+def values_of(layout: Layout, values: Mapping[str, Any]) -> list[Any]:
+    """The values of a layout's placeholders, in order."""
+    flat: list[Any] = []
+    for slot in layout:
+        if slot.kind == "value":
+            flat.append(values[slot.name])
+        elif slot.kind == "tree":
+            flat.extend(pytree.tree_leaves(values[slot.name]))
+    return flat
+
+
+def _slot(name: str, value: Any, base: Slot | None, bake_numbers: bool) -> Slot:
+    if base is not None and base.kind == "constant" and _same(value, base.detail):
+        return base
+    if isinstance(value, torch.Tensor):
+        return Slot(name, "value")
+    if isinstance(value, tuple | list | dict):
+        spec = pytree.tree_structure(value)
+        leaves = pytree.tree_leaves(value)
+        if any(isinstance(leaf, torch.Tensor) for leaf in leaves) or not leaves:
+            return Slot(name, "tree", spec)
+    if isinstance(value, int | float) and not isinstance(value, bool) and not bake_numbers:
+        return Slot(name, "value")
+    return Slot(name, "constant", value)
+
+
+def _same(value: Any, default: Any) -> bool:
+    if value is default:
+        return True
+    plain = (bool, int, float, str, tuple)
+    return type(value) is type(default) and isinstance(value, plain) and bool(value == default)
+
+
+def _loss_parameters(loss: Callable[..., Any]) -> list[inspect.Parameter]:
+    parameters = _parameters(loss)
+    if not parameters:
+        raise CaptureError(
+            f"the loss {_name(loss)} takes no argument: expected (output, *loss_args)",
+            hint="write loss=lambda output, target: ...",
+        )
+    return [p for p in parameters[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters, without annotations: these may not pickle, and nothing here reads them."""
+    target = function.forward if isinstance(function, nn.Module) else function
+    try:
+        found = inspect.signature(target).parameters.values()
+        return [parameter.replace(annotation=inspect.Parameter.empty) for parameter in found]
+    except (TypeError, ValueError) as error:
+        raise CaptureError(
+            f"the signature of {_name(function)} is not known to Python: {error}",
+            hint="wrap it: lambda output, target: your_function(output, target)",
+        ) from error
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", None) or type(function).__qualname__

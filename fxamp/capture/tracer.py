@@ -1,0 +1,305 @@
+"""What calls does a model make?
+
+``AmpTracer`` is a ``torch.fx.Tracer`` that traces into every module that is plain arithmetic, so that
+each parameter read is visible, and leaves the rest as calls: modules that behave by mode, that have
+hooks, or that cannot be traced. Each node is stamped with the module it was made in, the user's
+source line and the autocast regions that were open.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import fx, nn
+from torch.fx.proxy import TraceError
+from torch.overrides import TorchFunctionMode
+from torch.utils import _device
+
+from fxamp.capture.calls import AutogradFunctionCall, assign
+from fxamp.capture.guards import guard_at
+from fxamp.capture.proxy import AmpParameterProxy, AmpProxy
+from fxamp.capture.regions import RegionRecorder
+
+__all__ = ["LIBRARY", "AmpTracer"]
+
+LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
+
+# Modules whose behaviour depends on their own mode (which users switch one by one), or whose forward
+# is known not to trace.
+_LEAVES = (
+    nn.modules.batchnorm._NormBase,
+    nn.modules.dropout._DropoutNd,
+    nn.RReLU,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    torch.jit.ScriptModule,
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _Mark(NamedTuple):
+    """Where a trace stood, to go back to when a module turns out not to be traceable."""
+
+    last: fx.Node
+    proxies: dict[str, fx.Proxy]
+    scope: tuple[str, Any]
+    stack: dict[str, Any]
+    calls: dict[str, int]
+    written: int
+
+
+class AmpTracer(fx.Tracer):
+    """Traces one entry point of one module tree, once.
+
+    After ``run``: ``untraceable`` has the reason for each module that stayed a call because it had to,
+    ``mode_readers`` the modules whose ``training`` flag was read, with its value.
+
+    Args:
+        root: holds every module and tensor that the entry point uses; its own state may be changed.
+        entry: called with the proxies of the placeholders; what it returns is the graph's output.
+        through: modules that must be traced into: when they fail, the trace fails.
+        extras: tensors that no module owns, by the name they are read under; new ones are added.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        entry: Callable[..., Any],
+        through: tuple[nn.Module, ...],
+        extras: dict[str, torch.Tensor],
+    ) -> None:
+        super().__init__(autowrap_modules=(math,))
+        self.untraceable: dict[str, str] = {}
+        self.extras = extras
+        self.mode_readers: dict[str, bool] = {}
+        self._entry = entry
+        self._through = through
+        self._regions = RegionRecorder(self._emit)
+        self._names: list[str] = []
+        self._proxies: dict[str, fx.Proxy] = {}
+        self._written: list[tuple[nn.Module, str, bool, Any]] = []
+        tensors = [*root.named_parameters(), *root.named_buffers()]
+        self._tensors = {id(tensor): name for name, tensor in reversed(tensors)}
+        self._modules = {id(module): name for name, module in root.named_modules()}
+        self.root = root
+
+    def run(self, names: list[str]) -> fx.Graph:
+        """The graph of the entry point, with a placeholder for each of ``names``."""
+        self._names = names
+        grad_mode = torch.is_grad_enabled()
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(self._regions.recording())
+                stack.enter_context(self._watching_modules())
+                stack.enter_context(_RecordFactories(self))
+                return super().trace(self.root)
+        finally:
+            torch.set_grad_enabled(grad_mode)
+            self._undo_writes(0)
+
+    # -- hooks of torch.fx.Tracer ------------------------------------------------------------------
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        del root_fn, is_module, concrete_args
+        return self._call_entry, [self.create_proxy("placeholder", name, (), {}) for name in self._names]
+
+    def _call_entry(self, *proxies: fx.Proxy) -> Any:
+        return self._entry(*proxies)
+
+    def proxy(self, node: fx.Node) -> AmpProxy:
+        return AmpProxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["module"] = self.scope.module_path
+        node.meta["regions"] = self._regions.open
+        node.meta["source"] = _user_line(sys._getframe(1))
+        return node
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        path = self._modules.get(id(mod))
+        if path is None:
+            raise NameError(f"calls a {type(mod).__name__} that is no submodule of the model")
+        return path
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _LEAVES) or any(getattr(m, name, None) for name in _HOOKS)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        if path in self.untraceable:
+            return self._call_leaf(m, path, args, kwargs)
+        mark = self._mark()
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            if any(m is module for module in self._through):
+                raise
+            self._go_back(mark)
+            self.untraceable[path] = _reason(error)
+            return self._call_leaf(m, path, args, kwargs)
+        return result
+
+    def _call_leaf(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        outer = (self.scope.module_path, self.scope.module_type)
+        self.scope.module_path, self.scope.module_type = path, type(m)
+        try:
+            proxy = self.create_proxy("call_module", path, args, kwargs)
+            proxy.node.meta["untraceable"] = self.untraceable.get(path, "")
+            return proxy
+        finally:
+            self.scope.module_path, self.scope.module_type = outer
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        if isinstance(attr_val, torch.Tensor) and id(attr_val) in self._tensors:
+            return self._tensor_proxy(attr_val)
+        return attr_val
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor):
+            return self._tensor_proxy(a).node
+        if isinstance(a, nn.Module):
+            return self.create_node("get_attr", self.path_of_module(a), (), {})
+        return super().create_arg(a)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        frame = _user_frame(sys._getframe(1))
+        guard = guard_at(frame) if frame is not None else None
+        if guard is None:
+            raise TraceError("branches on a tensor value")
+        if guard.whole:
+            condition = obj if guard.value else self._emit(operator.not_, obj)
+            self._emit(torch._assert, condition, f"the model requires: {guard.text} is {guard.value}")
+        return guard.value
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        raise TraceError("iterates over a tensor, or over a tuple whose length is not known")
+
+    # -- our own -----------------------------------------------------------------------------------
+
+    def _emit(self, function: Callable[..., Any], *args: Any) -> fx.Proxy:
+        return self.create_proxy("call_function", function, args, {})
+
+    def _tensor_proxy(self, tensor: torch.Tensor) -> fx.Proxy:
+        name = self._tensors.get(id(tensor)) or self._plain_attribute(tensor)
+        if name not in self._proxies:
+            node = self.create_node("get_attr", name, (), {})
+            self._proxies[name] = AmpParameterProxy(node, self, tensor)
+        return self._proxies[name]
+
+    def _plain_attribute(self, tensor: torch.Tensor) -> str:
+        """The name of a tensor that is no parameter or buffer: a plain attribute, or one from outside."""
+        name = self.tensor_attrs.get(tensor)
+        if name is None:
+            name = next((key for key, known in self.extras.items() if known is tensor), None)
+        if name is None:
+            name = f"_constant_{len(self.extras)}"
+            self.extras[name] = tensor
+        self._tensors[id(tensor)] = name
+        return name
+
+    def _mark(self) -> _Mark:
+        last = next(iter(reversed(self.graph.nodes)), self.graph._root)
+        scope = (self.scope.module_path, self.scope.module_type)
+        return _Mark(last, dict(self._proxies), scope, dict(self.module_stack), dict(self.num_calls),
+                     len(self._written))
+
+    def _go_back(self, mark: _Mark) -> None:
+        for node in reversed(self.graph.nodes):
+            if node is mark.last:
+                break
+            self.graph.erase_node(node)
+        self._proxies = mark.proxies
+        self.scope.module_path, self.scope.module_type = mark.scope
+        self.module_stack.clear()
+        self.module_stack.update(mark.stack)
+        self.num_calls.clear()
+        self.num_calls.update(mark.calls)
+        self._undo_writes(mark.written)
+
+    def _undo_writes(self, start: int) -> None:
+        while len(self._written) > start:
+            module, name, existed, value = self._written.pop()
+            if existed:
+                module.__dict__[name] = value
+            else:
+                module.__dict__.pop(name, None)
+
+    @contextmanager
+    def _watching_modules(self) -> Iterator[None]:
+        """Sees attributes that a forward sets, and keeps the backward of autograd functions."""
+        set_module, apply = nn.Module.__setattr__, torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+        def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+            if id(module) not in self._modules:
+                set_module(module, name, value)
+            else:
+                self._set_attribute(module, name, value)
+
+        def apply_function(function: Any, *args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+                return self.create_proxy("call_function", AutogradFunctionCall(function), args, kwargs)
+            return apply(function, *args, **kwargs)
+
+        def read_training(module: nn.Module) -> bool:
+            training = bool(module.__dict__["training"])
+            if id(module) in self._modules:
+                self.mode_readers[self._modules[id(module)]] = training
+            return training
+
+        with (
+            mock.patch.object(nn.Module, "training", property(read_training), create=True),
+            mock.patch.object(nn.Module, "__setattr__", set_attribute),
+            mock.patch.object(torch.autograd.Function, "apply", classmethod(apply_function)),
+        ):
+            yield
+
+    def _set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        existed = name in module.__dict__
+        before = module.__dict__.get(name)
+        if isinstance(value, fx.Proxy):
+            owner = self.create_node("get_attr", self._modules[id(module)] or "_this", (), {})
+            self.create_node("call_function", assign, (owner, name, value.node), {})
+        elif not (existed and (value is before or (type(value) is type(before) and value == before))):
+            raise TraceError(f"sets self.{name}, which a graph cannot carry to the next call")
+        self._written.append((module, name, existed, before))
+        module.__dict__[name] = value
+
+
+class _RecordFactories(TorchFunctionMode):
+    """Records tensors made from nothing (``torch.arange``, ``torch.rand``), which torch.fx would freeze."""
+
+    def __init__(self, tracer: AmpTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+        self._factories = _device._device_constructors()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._factories:
+            return self._tracer.create_proxy("call_function", func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def _user_frame(frame: FrameType | None) -> FrameType | None:
+    while frame is not None and frame.f_code.co_filename.startswith(LIBRARY):
+        frame = frame.f_back
+    return frame
+
+
+def _user_line(frame: FrameType | None) -> str:
+    found = _user_frame(frame)
+    return f"{found.f_code.co_filename}:{found.f_lineno}" if found is not None else ""

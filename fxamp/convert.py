@@ -1,0 +1,136 @@
+"""The pipeline: capture, plan, rewrite, verify."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import fx
+
+from fxamp.capture import Layout, Program, Traced, values_of
+from fxamp.dtypes import check_low_dtype
+from fxamp.errors import CaptureError, PolicyError
+from fxamp.insight import report_of
+from fxamp.plan import PrecisionPlan, make_plan
+from fxamp.plan.observer import FakeObserver
+from fxamp.policy import DEVICE_TYPES, Policy
+from fxamp.rewrite import fold_weight_casts, insert_casts, verify
+from fxamp.runtime import AmpModule, Asked, Conversion, Stages
+
+__all__ = ["convert"]
+
+
+def convert(
+    model: Callable[..., Any],
+    loss: Callable[..., Any] | None = None,
+    *,
+    example_inputs: Any = None,
+    dtype: torch.dtype | None = None,
+    device_type: str | None = None,
+    policy: str | Policy = "autocast",
+) -> AmpModule:
+    """A mixed-precision ``GraphModule`` of a model, and of its loss when one is given.
+
+    The model is left as it is. The result shares its parameters and buffers under the same names.
+
+    Args:
+        model: an ``nn.Module``, a method of one, or any callable of tensors; so it works as a decorator.
+        loss: a callable or module ``(output, *loss_args) -> Tensor``, traced together with the model. Then
+            ``amp(*inputs, *loss_args)`` returns ``(loss, output)``: the required arguments of the model come
+            first, then the loss's, and everything optional goes by keyword.
+        example_inputs: a tuple of positional inputs, or ``(args, kwargs)``, of the combined signature. Not
+            needed for what ``torch.fx`` can trace; with it dtypes are known and not derived. Nothing is computed.
+        dtype: ``torch.float16`` or ``torch.bfloat16``; default ``torch.get_autocast_dtype(device_type)``.
+        device_type: whose rules to follow, "cuda" or "cpu"; default: where the model is, also after ``.to()``.
+            A graph for the GPU can be made and read without one.
+        policy: "autocast" (bitwise ``torch.autocast``), "fast", "full" (no casts), or a ``Policy``.
+
+    Raises:
+        CaptureError: when the model or the loss cannot be traced; it names the line.
+        PolicyError: for an unknown policy, device type or dtype, or an override that matches nothing.
+        PlanError: when the graph has an operator that autocast refuses to run.
+
+    Example::
+
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Softmax(dim=-1))
+        >>> amp = convert(model, dtype=torch.bfloat16)
+        >>> amp(torch.zeros(2, 8)).dtype
+        torch.bfloat16
+    """
+    asked = _asked(policy, device_type, dtype)
+    if not callable(model) or isinstance(model, AmpModule):
+        raise _not_a_model(model)
+    program = Program(model, loss)
+    layout, examples = _example_layout(program, example_inputs)
+    conversion = Conversion.start(program, asked, _STAGES, layout, examples)
+    return AmpModule(conversion)
+
+
+def _build(
+    program: Program, traced: Traced, policy: Policy, mode: str, examples: list[Any] | None
+) -> tuple[PrecisionPlan, fx.Graph]:
+    """Plan, rewrite, verify."""
+    rulings = policy.module_rulings(path for path, _ in program.tree.named_modules())
+    observer = FakeObserver(program.attribute, traced.graph, examples) if examples is not None else None
+    plan = make_plan(traced.graph, program.attribute, policy, rulings, mode=mode, observer=observer)
+    graph = insert_casts(traced.graph, plan)
+    verify(graph, traced.graph, plan)
+    return plan, graph
+
+
+def _freeze(conversion: Conversion) -> None:
+    fold_weight_casts(conversion.program.tree, [variant.graph for _, variant in conversion.variants])
+
+
+_STAGES = Stages(_build, report_of, _freeze)
+
+
+def _asked(policy: str | Policy, device_type: str | None, dtype: torch.dtype | None) -> Asked:
+    if device_type is not None and device_type not in DEVICE_TYPES:
+        raise PolicyError(
+            f"unknown device_type {device_type!r}: expected one of {', '.join(DEVICE_TYPES)}",
+            hint="write device_type='cuda' or device_type='cpu'",
+        )
+    if dtype is not None:
+        check_low_dtype(dtype)
+    return Asked(Policy.of(policy), device_type, dtype)
+
+
+def _not_a_model(model: Any) -> CaptureError:
+    if isinstance(model, AmpModule):
+        return CaptureError("the model is converted already", hint="amp.replan(policy) changes its policy")
+    return CaptureError(f"found a {type(model).__name__}: expected a module or a callable", hint="fxamp.convert(model)")
+
+
+def _example_layout(program: Program, example_inputs: Any) -> tuple[Layout | None, list[Any] | None]:
+    if example_inputs is None:
+        return None, None
+    args, kwargs = _split_examples(example_inputs)
+    try:
+        values = program.signature.bind(args, kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            f"example_inputs do not fit the signature {program.signature.signature}: {error}",
+            hint="give a tuple of positional inputs, or (args_tuple, kwargs_dict)",
+        ) from error
+    layout = program.signature.layout(values)
+    return layout, values_of(layout, values)
+
+
+def _split_examples(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if (
+        isinstance(example_inputs, tuple | list)
+        and len(example_inputs) == 2
+        and isinstance(example_inputs[0], tuple)
+        and isinstance(example_inputs[1], dict)
+    ):
+        return example_inputs[0], example_inputs[1]
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    raise CaptureError(
+        f"example_inputs is a {type(example_inputs).__name__}: expected a tuple",
+        hint="give a tuple of positional inputs, or (args_tuple, kwargs_dict)",
+    )

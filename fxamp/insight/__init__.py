@@ -1,0 +1,5 @@
+"""What a converted module tells about itself."""
+
+from fxamp.insight.report import Report, report_of
+
+__all__ = ["Report", "report_of"]

@@ -1,0 +1,149 @@
+"""Which decision was taken where, as a table and as data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from tabulate import tabulate
+from torch import fx
+
+from fxamp.dtypes import abbreviate
+from fxamp.errors import FxampError, nearest
+from fxamp.plan import NOT_A_TENSOR, Decision, Flow, PrecisionPlan, tensors_in
+
+__all__ = ["Report", "report_of"]
+
+COLUMNS: Final = ("name", "op", "module", "rule", "inputs", "runs in", "output", "casts", "why")
+_KEYS: Final = {"runs in": "runs_in", "why": "reason"}
+_COUNTED: Final = ("lower", "fp32", "promote", "follow", "opaque")
+_WIDTHS: Final = {"name": 20, "op": 24, "module": 20, "inputs": 16, "output": 12, "why": 22}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The decisions of one graph; ``str(report)`` is the table.
+
+    Example::
+
+        >>> import fxamp
+        >>> amp = fxamp.convert(torch.nn.Linear(4, 4), dtype=torch.bfloat16, device_type="cpu")
+        >>> print(amp.report().table(columns=("name", "op", "rule", "casts", "why")))
+        name    op           rule      casts  why
+        ------  -----------  ------  -------  -----------
+        input   placeholder                0  model input
+        linear  F.linear     lower         3  op table
+        output  output                     0
+    """
+
+    model: str
+    policy: str
+    device_type: str
+    dtype: str
+    mode: str
+    nodes: tuple[dict[str, Any], ...]
+    totals: dict[str, int]
+    unknown: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready data; the schema is part of the public API."""
+        return {
+            "policy": self.policy,
+            "device_type": self.device_type,
+            "dtype": self.dtype,
+            "mode": self.mode,
+            "nodes": [dict(node) for node in self.nodes],
+            "totals": dict(self.totals),
+        }
+
+    def table(self, tablefmt: str = "simple", columns: Iterable[str] = COLUMNS) -> str:
+        """The decisions as text, one row a node.
+
+        Args:
+            tablefmt: a format of the ``tabulate`` package, such as "github".
+            columns: which of ``name op module rule inputs runs in output casts why source`` to show.
+
+        Raises:
+            FxampError: for a column that does not exist.
+        """
+        columns = tuple(columns)
+        for column in columns:
+            if column not in (*COLUMNS, "source"):
+                close = nearest(column, COLUMNS) or COLUMNS[0]
+                raise FxampError(
+                    f"unknown column {column!r}: expected some of {', '.join((*COLUMNS, 'source'))}",
+                    hint=f"write {close!r}",
+                )
+        rows = [[_shown(column, node[_KEYS.get(column, column)]) for column in columns] for node in self.nodes]
+        return str(tabulate(rows, headers=columns, tablefmt=tablefmt, disable_numparse=[
+            i for i, column in enumerate(columns) if column != "casts"
+        ]))
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{self.totals[rule]} {rule}" for rule in _COUNTED if self.totals[rule])
+        casts = f"{self.totals['casts']} ({self.totals['weight_casts']} of weights)"
+        title = f"{self.model}   policy {self.policy}/{self.device_type} {self.dtype}   mode {self.mode}"
+        totals = f"ops: {counts or 'none'}     casts: {casts}     dtype unknown: {self.unknown}"
+        return f"{title}\n\n{self.table()}\n\n{totals}"
+
+
+def report_of(model: str, plan: PrecisionPlan, graph: fx.Graph) -> Report:
+    """The report of one planned and rewritten graph.
+
+    Args:
+        model: the name in the title.
+        plan: the decisions.
+        graph: the rewritten graph; the casts are counted in it.
+    """
+    policy = plan.policy
+    assert policy.device_type is not None and policy.dtype is not None
+    casts = Counter(node.meta["for"] for node in graph.nodes if "cast" in node.meta)
+    weights = sum(node.meta["cast"].weight for node in graph.nodes if "cast" in node.meta)
+    decisions = [decision for decision in plan if decision.op != "get_attr"]
+    nodes = tuple(_row(decision, casts[decision.name]) for decision in decisions)
+    rules = Counter(decision.rule for decision in decisions)
+    total = sum(casts.values())
+    totals = {"nodes": len(nodes), **{rule: rules[rule] for rule in _COUNTED}}
+    totals.update(casts=total, weight_casts=weights, activation_casts=total - weights)
+    unknown = sum(_is_unknown(decision.output) for decision in decisions)
+    return Report(
+        model, policy.name, policy.device_type, abbreviate(policy.dtype), plan.mode, nodes, totals, unknown
+    )
+
+
+def _row(decision: Decision, casts: int) -> dict[str, Any]:
+    return {
+        "name": decision.name,
+        "op": decision.op,
+        "module": decision.module,
+        "rule": decision.rule,
+        "inputs": _dtypes(decision.inputs),
+        "runs_in": abbreviate(decision.runs_in) if decision.runs_in is not None else "",
+        "output": _dtypes((decision.output,)),
+        "casts": casts,
+        "reason": decision.reason,
+        "source": decision.source,
+    }
+
+
+def _dtypes(flows: Iterable[Flow]) -> str:
+    """The different dtypes in order; "?" for one that is not known."""
+    found: dict[str, None] = {}
+    for flow in flows:
+        for value in tensors_in(flow):
+            found["?" if value.dtype is None else abbreviate(value.dtype)] = None
+    return ", ".join(found)
+
+
+def _is_unknown(flow: Flow) -> bool:
+    return flow != NOT_A_TENSOR and any(value.dtype is None for value in tensors_in(flow))
+
+
+def _shown(column: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    width = _WIDTHS.get(column, 200)
+    return value if len(value) <= width else f"..{value[2 - width :]}" if column == "module" else f"{value[: width - 2]}.."

@@ -1,0 +1,24 @@
+"""Graph and policy to a ``PrecisionPlan``; nothing here changes a graph."""
+
+from fxamp.plan.calls import Call, read_call
+from fxamp.plan.decision import Cast, Decision, PrecisionPlan
+from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, Tensors, Value, of_object, tensors_in
+from fxamp.plan.planner import Observer, argument_nodes, make_plan
+
+__all__ = [
+    "NOT_A_TENSOR",
+    "UNKNOWN",
+    "Call",
+    "Cast",
+    "Decision",
+    "Flow",
+    "Observer",
+    "PrecisionPlan",
+    "Tensors",
+    "Value",
+    "argument_nodes",
+    "make_plan",
+    "of_object",
+    "read_call",
+    "tensors_in",
+]

@@ -1,0 +1,144 @@
+"""Which operator is this call, and what kind of call is it?
+
+A ``Call`` is what planning needs to know of one node, read once: the ATen operator it reaches, whether
+it writes in place, whether it can be seen into.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import fx, nn
+from torch.autograd import grad_mode
+from torch.fx.node import _get_qualified_name
+
+from fxamp.capture import assign
+from fxamp.policy.spellings import aten_name
+
+__all__ = ["MODE_CALLS", "Call", "read_call"]
+
+# Leaf modules that run one operator, which autocast leaves alone.
+_LEAF_OPERATORS: Final = (
+    (nn.modules.batchnorm._BatchNorm, "batch_norm"),
+    (nn.modules.instancenorm._InstanceNorm, "instance_norm"),
+    (nn.modules.dropout._DropoutNd, "dropout"),
+    (nn.RReLU, "rrelu"),
+)
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# Calls that only steer what runs, and calls that tell something of a tensor.
+MODE_CALLS: Final = frozenset(
+    {
+        assign,
+        torch._assert,
+        torch.is_grad_enabled,
+        torch._C._set_grad_enabled,
+        grad_mode._enter_inference_mode,
+        grad_mode._exit_inference_mode,
+    }
+)
+_STEERING: Final = MODE_CALLS | frozenset(
+    {
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.numel,
+        torch.is_same_size,
+    }
+)
+# Methods of a tensor that tell something of it and compute nothing.
+_QUERIES: Final = frozenset(
+    "size dim ndimension numel nelement element_size stride storage_offset is_contiguous is_floating_point "
+    "is_complex is_signed get_device data_ptr is_inference is_pinned register_hook retain_grad tolist item "
+    "__len__ __bool__".split()
+)
+# Attributes of a tensor that are tensors of the same dtype; ``real`` and ``imag`` are only so for real ones.
+_VIEWS: Final = frozenset({"T", "mT", "H", "mH", "data"})
+_SCALAR_MODULES: Final = frozenset({math.__name__, builtins.__name__})
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One node, read.
+
+    Attributes:
+        op: its name in the user's words.
+        aten: the ATen operator it reaches, without a trailing ``_``; "" when none is known.
+        steering: it computes nothing with tensors.
+        writes: the values it writes to.
+    """
+
+    op: str
+    aten: str = ""
+    steering: bool = False
+    inplace: bool = False
+    writes: tuple[Any, ...] = ()
+
+
+def read_call(node: fx.Node, module_of: Callable[[str], Any]) -> Call:
+    """What a call_function, call_method or call_module node does."""
+    if node.op == "call_module":
+        return _module_call(module_of(str(node.target)))
+    op = _spelled(node)
+    if node.target in _STEERING if node.op == "call_function" else node.target in _QUERIES:
+        return Call(op, steering=True)
+    if node.target is getattr:
+        view = node.args[1] in _VIEWS
+        return Call(f"Tensor.{node.args[1]}", "alias" if view else "", steering=not view)
+    if getattr(node.target, "__module__", None) in _SCALAR_MODULES:
+        return Call(op, steering=True)
+    if node.target is operator.getitem:
+        return Call(op, "getitem")
+    if node.target is operator.setitem or node.target == "__setitem__":
+        return Call(op, "index_put", inplace=True, writes=(node.args[0],))
+    found = aten_name(node.op, node.target, node.args, node.kwargs)
+    if node.kwargs.get("out") is not None:
+        return Call(op, found or "", inplace=True, writes=(node.kwargs["out"],))
+    if found is None:
+        return Call(op)
+    if _is_inplace(found) or node.kwargs.get("inplace") is True:
+        target = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+        return Call(op, found.removesuffix("_"), inplace=True, writes=(target,))
+    return Call(op, found)
+
+
+def _module_call(module: nn.Module) -> Call:
+    op = f"nn.{type(module).__name__}" if type(module).__module__.startswith("torch.nn") else type(module).__name__
+    if not any(getattr(module, name, None) for name in _HOOKS):
+        for kind, aten in _LEAF_OPERATORS:
+            if isinstance(module, kind) and type(module).__module__.startswith("torch.nn."):
+                return Call(op, aten)
+    return Call(op)
+
+
+def _is_inplace(aten: str) -> bool:
+    return aten.endswith("_") and not aten.endswith("__")
+
+
+def _spelled(node: fx.Node) -> str:
+    """The call as a user would write it: ``torch.matmul``, ``F.linear``, ``Tensor.view``, ``operator.add``."""
+    if node.op == "call_method":
+        return f"Tensor.{node.target}"
+    assert callable(node.target)
+    name = _get_qualified_name(node.target)
+    for long, short in _SHORT.items():
+        if name.startswith(long):
+            return short + name[len(long) :]
+    return name
+
+
+_SHORT: Final[Mapping[str, str]] = {
+    "torch.nn.functional.": "F.",
+    "torch._C._nn.": "F.",
+    "torch._C._linalg.linalg_": "torch.linalg.",
+    "torch._C._fft.fft_": "torch.fft.",
+    "torch._C._special.special_": "torch.special.",
+    "torch.functional.": "torch.",
+    "_operator.": "operator.",
+    "builtins.": "",
+}

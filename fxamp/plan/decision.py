@@ -1,0 +1,105 @@
+"""What was decided for each call of a graph, as plain values.
+
+A ``PrecisionPlan`` is made by planning and read by the rewriter, the verifier and the report; none of
+them decides anything on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fxamp.capture.regions import AutocastState
+from fxamp.plan.flow import NOT_A_TENSOR, Flow
+from fxamp.policy import Policy
+
+__all__ = ["Cast", "Decision", "PrecisionPlan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """One input of a call that must be in another dtype.
+
+    Attributes:
+        slot: which of the call's node arguments, counted through args and kwargs in order.
+        value: name of the node whose value is cast.
+        dtype: what it becomes.
+        soft: the value's dtype is not known: it is cast when autocast would cast it, else passed on.
+        share: casts with the same non-empty key are one cast.
+        leaf_only: share only when the value is a leaf of autograd, as autocast's cache does.
+        weight: the value is a parameter.
+    """
+
+    slot: int
+    value: str
+    dtype: torch.dtype
+    soft: bool = False
+    share: str = ""
+    leaf_only: bool = False
+    weight: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What one call of the graph does about precision.
+
+    Attributes:
+        name: the node.
+        op: the call in the user's words.
+        aten: the ATen operator it reaches; "" when there is none, or none is known.
+        rule: "lower", "fp32", "promote", "follow", "opaque", or "" where none applies.
+        reason: why, in the words of the report.
+        module, source: where the call was made.
+        inputs: the tensors it is given, before casts.
+        runs_in: the dtype it computes in, or None when not known or not one.
+        output: what it gives back.
+        casts: the inputs to cast.
+        how: "call" as it is, "dtype" with ``dtype=torch.float32`` added, "dtype if castable" when that
+            depends on an unknown dtype, "promote" when the widest input is not known, "ambient" under
+            ``torch.autocast`` with ``state``.
+    """
+
+    name: str
+    op: str = ""
+    aten: str = ""
+    rule: str = ""
+    reason: str = ""
+    module: str = ""
+    source: str = ""
+    inputs: tuple[Flow, ...] = ()
+    runs_in: torch.dtype | None = None
+    output: Flow = NOT_A_TENSOR
+    casts: tuple[Cast, ...] = ()
+    how: str = "call"
+    state: AutocastState | None = None
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """The decisions for one graph, in graph order.
+
+    Example::
+
+        >>> import fxamp
+        >>> plan = fxamp.convert(torch.nn.Linear(4, 4), dtype=torch.bfloat16).plan
+        >>> plan["linear"].rule, plan["linear"].reason
+        ('lower', 'op table')
+    """
+
+    policy: Policy
+    mode: str
+    decisions: tuple[Decision, ...]
+
+    def __getitem__(self, name: str) -> Decision:
+        for decision in self.decisions:
+            if decision.name == name:
+                return decision
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter(self.decisions)
+
+    def __len__(self) -> int:
+        return len(self.decisions)

@@ -1,0 +1,106 @@
+"""Which dtypes do the calls of a graph really give back, for these inputs?
+
+Runs each planned call on fake tensors: shapes and dtypes are those of a real run, nothing is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from fxamp.capture.arguments import map_leaves
+from fxamp.dtypes import is_castable
+from fxamp.plan.calls import MODE_CALLS
+from fxamp.plan.decision import Decision
+from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, of_object
+
+__all__ = ["FakeObserver"]
+
+_MISSING = object()
+
+
+class FakeObserver:
+    """Keeps the fake value of each node; a call that cannot run on fake tensors has none.
+
+    Args:
+        attribute: path to the parameter, buffer, tensor or module of that name.
+        graph: the traced graph.
+        examples: the values of its placeholders, in order.
+    """
+
+    def __init__(self, attribute: Callable[[str], Any], graph: fx.Graph, examples: list[Any]) -> None:
+        self._attribute = attribute
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        self._values: dict[fx.Node, Any] = {}
+        for node, example in zip(placeholders, examples, strict=True):
+            self._values[node] = pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, example)
+
+    def flow(self, node: fx.Node, decision: Decision) -> Flow | None:
+        """The flow of the node's value, or None when it could not be told."""
+        if node.op == "output":
+            return None
+        if node.op not in ("placeholder", "get_attr"):
+            self._values[node] = self._run(node, decision)
+        elif node.op == "get_attr":
+            self._values[node] = self._attribute(str(node.target))
+        value = self._values[node]
+        if value is _MISSING or isinstance(value, torch.nn.Module):
+            return None
+        flow = of_object(value)
+        return None if flow == UNKNOWN or (flow == NOT_A_TENSOR and isinstance(value, dict)) else flow
+
+    def _run(self, node: fx.Node, decision: Decision) -> Any:
+        if node.target in MODE_CALLS:
+            return None
+        if any(self._values.get(source, _MISSING) is _MISSING for source in node.all_input_nodes):
+            return _MISSING
+        casts = {cast.slot: cast.dtype for cast in decision.casts}
+        slot = -1
+
+        def argument(source: fx.Node) -> Any:
+            nonlocal slot
+            slot += 1
+            value = self._values[source]
+            return _cast(value, casts[slot]) if slot in casts else value
+
+        try:
+            args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, argument)
+            with self._mode, torch.no_grad(), _autocast(decision):
+                return _call(node, decision, args, kwargs, self._attribute)
+        except Exception:
+            return _MISSING  # data-dependent, or not fakeable: the rules tell what they can
+
+
+def _call(node: fx.Node, decision: Decision, args: Any, kwargs: Any, attribute: Callable[[str], Any]) -> Any:
+    if decision.how in ("dtype", "dtype if castable"):
+        kwargs = {**kwargs, "dtype": torch.float32}
+    if node.op == "call_module":
+        return attribute(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+@contextmanager
+def _autocast(decision: Decision) -> Iterator[None]:
+    """The autocast state a call runs under: off, but for what is left to autocast."""
+    if decision.how not in ("ambient", "promote") or decision.state is None:
+        yield
+        return
+    with torch.autocast("cpu", decision.state.dtype, decision.state.enabled):
+        yield
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if is_castable(tensor.dtype) else tensor
+
+    return pytree.tree_map_only(torch.Tensor, cast, value)

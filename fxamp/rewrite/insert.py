@@ -1,0 +1,111 @@
+"""A plan to casts in a graph. The only module that inserts casts.
+
+The traced graph is copied, so one capture serves many plans. Every decision was made by planning; here each is
+carried out as written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxamp.dtypes import abbreviate
+from fxamp.plan import Cast, Decision, PrecisionPlan
+from fxamp.runtime.casts import AmbientCall, DtypeCall, PromoteCall, cast_weight, leaf_cast, soft_cast
+
+__all__ = ["insert_casts"]
+
+
+def insert_casts(graph: fx.Graph, plan: PrecisionPlan) -> fx.Graph:
+    """A copy of the graph in which every decision of the plan is carried out.
+
+    The given graph is left as it is. Each cast node has ``meta["cast"]``; every other node keeps the name
+    and the metadata it was traced with.
+    """
+    copy = fx.Graph(tracer_cls=graph._tracer_cls)
+    for node in graph.nodes:
+        copy._graph_namespace._used_names.add(node.name)  # casts must not take the names of later calls
+    inserter = _Inserter(copy, plan)
+    new: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        new[node] = inserter.copy(node, new)
+    copy.lint()
+    return copy
+
+
+class _Inserter:
+    def __init__(self, graph: fx.Graph, plan: PrecisionPlan) -> None:
+        self._graph = graph
+        self._decisions = {decision.name: decision for decision in plan}
+        self._device_type = plan.policy.device_type or "cpu"
+        self._shared: dict[str, fx.Node] = {}
+
+    def copy(self, node: fx.Node, new: dict[fx.Node, fx.Node]) -> fx.Node:
+        decision = self._decisions[node.name]
+        casts = {cast.slot: cast for cast in decision.casts}
+        slot = -1
+
+        def argument(source: fx.Node) -> fx.Node:
+            nonlocal slot
+            slot += 1
+            return self._cast(new[source], casts[slot], decision) if slot in casts else new[source]
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), argument)
+        op, target, args, kwargs = _called(node, decision, args, kwargs, self._device_type, self._module)
+        result = self._graph.create_node(op, target, args, dict(kwargs))
+        result.name = node.name
+        result.meta = dict(node.meta)
+        return result
+
+    def _module(self, path: str) -> fx.Node:
+        node = self._graph.create_node("get_attr", path)
+        node.meta = {"module_of": path, "module": path, "source": "", "regions": ()}
+        return node
+
+    def _cast(self, value: fx.Node, cast: Cast, decision: Decision) -> fx.Node:
+        first = self._shared.get(cast.share) if cast.share else None
+        if first is not None and not cast.leaf_only:
+            return first
+        name = f"{value.name}_{abbreviate(cast.dtype)}"
+        if first is not None:
+            node = self._graph.create_node(
+                "call_function", leaf_cast, (value, cast.dtype, first), {}, name
+            )
+        elif cast.weight and cast.share:
+            node = self._graph.create_node("call_function", cast_weight, (value, cast.dtype), {}, name)
+        elif cast.soft:
+            node = self._graph.create_node("call_function", soft_cast, (value, cast.dtype), {}, name)
+        else:
+            node = self._graph.create_node("call_method", "to", (value, cast.dtype), {}, name)
+        node.meta = {"cast": cast, "module": decision.module, "source": decision.source, "regions": (), "for": decision.name}
+        if cast.share:
+            self._shared.setdefault(cast.share, node)
+        return node
+
+
+def _called(
+    node: fx.Node,
+    decision: Decision,
+    args: Any,
+    kwargs: Any,
+    device_type: str,
+    module: Callable[[str], fx.Node],
+) -> tuple[str, Any, Any, Any]:
+    """The call as its decision wants it made: opcode, target, args, kwargs."""
+    call: Any = node.target
+    if decision.how == "dtype":
+        return node.op, call, args, {**kwargs, "dtype": torch.float32}
+    if decision.how == "dtype if castable":
+        return "call_function", DtypeCall(call), args, kwargs
+    if decision.how == "promote":
+        assert decision.state is not None
+        return "call_function", PromoteCall(call, decision.state.dtype), args, kwargs
+    if decision.how == "ambient":
+        assert decision.state is not None
+        if node.op == "call_module":
+            return "call_function", AmbientCall(None, device_type, decision.state), (module(call), *args), kwargs
+        return "call_function", AmbientCall(call, device_type, decision.state), args, kwargs
+    return node.op, call, args, kwargs

@@ -1,0 +1,98 @@
+"""Does a rewritten graph keep the laws?
+
+Run on every converted graph. Each law is one function that yields what breaks it; a broken law is an
+error of fxamp's own, so the message names the node for a report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import fx
+
+from fxamp.dtypes import is_castable
+from fxamp.errors import VerifyError
+from fxamp.plan import Decision, PrecisionPlan, tensors_in
+
+__all__ = ["verify"]
+
+
+def verify(graph: fx.Graph, traced: fx.Graph, plan: PrecisionPlan) -> None:
+    """Checks the laws on a rewritten graph.
+
+    Args:
+        graph: after rewriting.
+        traced: before.
+        plan: what was to be done.
+
+    Raises:
+        VerifyError: when a law is broken, naming the law and the node.
+    """
+    for law in _LAWS:
+        for name, found in law(graph, traced, plan):
+            raise VerifyError(
+                f"node '{name}' breaks a law of rewriting: {found}",
+                hint="this is a fault of fxamp; please report it with print(amp.graph)",
+            )
+
+
+Finding = tuple[str, str]
+
+
+def _own_nodes_stay(graph: fx.Graph, traced: fx.Graph, plan: PrecisionPlan) -> Iterator[Finding]:
+    """Every call of the model's is there, once and in order."""
+    kept = [node.name for node in graph.nodes if "cast" not in node.meta and not node.meta.get("module_of")]
+    for name, expected in zip(kept, [node.name for node in traced.nodes], strict=False):
+        if name != expected:
+            yield expected, f"found '{name}' in its place"
+    if len(kept) != len(traced.nodes):
+        yield kept[-1], f"{len(traced.nodes)} calls were traced and {len(kept)} are left"
+
+
+def _casts_as_planned(graph: fx.Graph, traced: fx.Graph, plan: PrecisionPlan) -> Iterator[Finding]:
+    """Each planned cast feeds its call, in the planned dtype, and there is no other."""
+    nodes = {node.name: node for node in graph.nodes}
+    used = set()
+    for decision in plan:
+        feeding = [n for n in nodes[decision.name].all_input_nodes if "cast" in n.meta]
+        used.update(feeding)
+        wanted = sorted(str(cast.dtype) for cast in decision.casts)
+        found = {str(n.meta["cast"].dtype) for n in feeding}
+        if found != set(wanted):
+            yield decision.name, f"its inputs are cast to {sorted(found)}, planned are {wanted}"
+    for node in graph.nodes:
+        if "cast" in node.meta and node not in used and not any("cast" in user.meta for user in node.users):
+            yield node.name, "a cast that no planned call uses"
+
+
+def _only_castable(graph: fx.Graph, traced: fx.Graph, plan: PrecisionPlan) -> Iterator[Finding]:
+    """Integer, bool, complex and float64 tensors are never cast, nor what is in its dtype already."""
+    for decision in plan:
+        for cast in decision.casts:
+            for value in tensors_in(decision.inputs[cast.slot]):
+                if not cast.soft and (value.dtype is None or not is_castable(value.dtype) or value.dtype == cast.dtype):
+                    yield decision.name, f"'{cast.value}' of dtype {value.dtype} is cast to {cast.dtype}"
+
+
+def _writes_untouched(graph: fx.Graph, traced: fx.Graph, plan: PrecisionPlan) -> Iterator[Finding]:
+    """In-place and ``out=`` calls are never cast."""
+    for decision in plan:
+        if decision.reason == "in-place" and (decision.casts or decision.how != "call"):
+            yield decision.name, "an in-place call is cast"
+
+
+def _full_is_free(graph: fx.Graph, traced: fx.Graph, plan: PrecisionPlan) -> Iterator[Finding]:
+    """Policy "full" without overrides has casts only inside regions that the user enabled."""
+    if plan.policy.name != "full" or plan.policy.ops or plan.policy.modules:
+        return
+    for decision in plan:
+        if decision.casts and not _in_enabled_region(decision):
+            yield decision.name, "policy full has a cast"
+
+
+def _in_enabled_region(decision: Decision) -> bool:
+    return decision.state is not None and decision.state.enabled
+
+
+_Law = Callable[[fx.Graph, fx.Graph, PrecisionPlan], Iterator[Finding]]
+_LAWS: tuple[_Law, ...] = (_own_nodes_stay, _casts_as_planned, _only_castable, _writes_untouched, _full_is_free)

@@ -1,0 +1,7 @@
+"""What lives in a converted module."""
+
+from fxamp.runtime.amp_module import AmpModule, Inspection, inspect
+from fxamp.runtime.conversion import Asked, Conversion, Stages, Variant
+from fxamp.runtime.scaler import GradScaler
+
+__all__ = ["AmpModule", "Asked", "Conversion", "GradScaler", "Inspection", "Stages", "Variant", "inspect"]

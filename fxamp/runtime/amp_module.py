@@ -1,0 +1,331 @@
+"""The converted module: graphs, the module tree they run on, and what belongs to them.
+
+An ``AmpModule`` is a ``torch.fx.GraphModule`` with one graph a mode; ``train()`` and ``eval()`` switch. A call
+that gives other optional arguments than the first one did gets a graph of its own, traced when
+it first comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxamp.capture import Layout, values_of
+from fxamp.capture.packing import pack_graph, unpack_graph
+from fxamp.errors import CaptureError, FxampError
+from fxamp.plan import PrecisionPlan
+from fxamp.policy import Policy
+from fxamp.runtime.casts import HELD, AmbientCall, execution_device_type
+from fxamp.runtime.conversion import Conversion, Variant
+from fxamp.runtime.scaler import GradScaler
+
+__all__ = ["AmpModule", "Inspection", "inspect"]
+
+_BAKED = (bool, str, type(None))
+_GRAD_REGION = frozenset({torch._C._set_grad_enabled, torch.autograd.grad_mode._enter_inference_mode})
+
+
+class AmpModule(fx.GraphModule):
+    """A mixed-precision ``GraphModule`` that shares its parameters and buffers with the model it came from.
+
+    It is made by ``fxamp.convert``. A submodule of the model that is called ``scaler``, ``policy``, ``plan``,
+    ``report`` or the like keeps its name; ``fxamp.inspect(amp)`` then reaches what is hidden.
+    """
+
+    _conversion: Conversion
+
+    def __init__(self, conversion: Conversion) -> None:
+        super().__init__(nn.Module(), fx.Graph(), class_name="AmpModule")
+        self.__dict__["_conversion"] = conversion
+        self._adopt(conversion.program.tree)
+        self._show_own_names()
+        self._activate()
+
+    def _adopt(self, tree: nn.Module) -> None:
+        """Becomes the root of the module tree: its tensors, submodules, hooks and mode."""
+        conversion = self._conversion
+        for name, value in tree.__dict__.items():
+            inherited = name in nn.Module().__dict__
+            hook = name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+            if (inherited and not (hook and conversion.program.has_loss)) or isinstance(value, torch.Tensor):
+                self.__dict__[name] = value
+        if conversion.program.loss_path:
+            for module in tree.get_submodule(conversion.program.loss_path).modules():
+                module._non_persistent_buffers_set = set(module._buffers)
+
+    def _show_own_names(self) -> None:
+        """A submodule, parameter or buffer of the model hides the attribute of ours that has its name."""
+        for name in _OURS:
+            if name in self._modules or name in self._parameters or name in self._buffers:
+                setattr(type(self), name, property(lambda self, name=name: nn.Module.__getattr__(self, name)))
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, or ``(loss, output)`` when a loss was converted with it.
+
+        Raises:
+            CaptureError: when a submodule was put into another mode than the graph was traced in.
+            FxampError: when the loss is not a scalar.
+            TypeError: when the arguments do not fit the signature.
+        """
+        conversion = self._conversion
+        plain = not kwargs and len(args) == conversion.positional and not any(type(a) in _BAKED for a in args)
+        if plain:
+            variant, values = conversion.base, args
+        else:
+            variant, values = self._variant_for(args, kwargs)
+        for module, training in variant.mode_flags:
+            if module.training is not training:
+                raise _other_mode(self, module, training)
+        result = self._run(variant, values)
+        if conversion.program.has_loss:
+            _check_loss(result[0])
+        return result
+
+    def _run(self, variant: Variant, values: Any) -> Any:
+        device_type = execution_device_type(self._conversion.policy.device_type or "cpu")
+        if variant.guarded or HELD or self._conversion.held is not None:
+            return self._run_guarded(variant, values, device_type)
+        if variant.ambient or torch.is_autocast_enabled(device_type):
+            # The graph has its casts; one context around all opaque calls lets them share autocast's cache.
+            with torch.autocast(device_type, enabled=False):
+                return variant.function(self, *values)
+        return variant.function(self, *values)
+
+    def _run_guarded(self, variant: Variant, values: Any, device_type: str) -> Any:
+        """For graphs that switch the grad mode, which an exception must not leave switched, and held weights."""
+        before = torch.is_grad_enabled()
+        HELD.append(self._conversion.held if self._conversion.held is not None else {})
+        try:
+            with torch.inference_mode(torch.is_inference_mode_enabled()):
+                with torch.autocast(device_type, enabled=False):
+                    torch.set_grad_enabled(before)
+                    return variant.function(self, *values)
+        finally:
+            HELD.pop()
+            torch.set_grad_enabled(before)
+
+    def _variant_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Variant, list[Any]]:
+        conversion = self._conversion
+        values = conversion.program.signature.bind(args, kwargs)
+        layout = conversion.program.signature.layout(values)
+        variant = conversion.variant(layout)
+        if variant.function is None:
+            self._compile(variant)
+        return variant, values_of(variant.traced.layout, values)
+
+    # -- graphs ------------------------------------------------------------------------------------
+
+    def _activate(self) -> None:
+        """Makes the graph of the current mode the one that ``graph`` and ``code`` show."""
+        variant = self._conversion.base
+        if variant.function is None:
+            self.graph = variant.graph
+            self._finish(variant)
+        self._graph, self._code = variant.graph, variant.code
+
+    def _compile(self, variant: Variant) -> None:
+        shown = self._graph, self._code
+        self._graph = variant.graph
+        super().recompile()
+        self._take(variant)
+        self._finish(variant)
+        self._graph, self._code = shown
+
+    def _finish(self, variant: Variant) -> None:
+        targets = {node.target for node in variant.graph.nodes if node.op == "call_function"}
+        variant.ambient = any(isinstance(target, AmbientCall) for target in targets)
+        variant.guarded = not _GRAD_REGION.isdisjoint(targets)
+        variant.mode_flags = tuple(
+            (self.get_submodule(path), flag) for path, flag in variant.traced.modes.items() if path
+        )
+        self.__dict__.update(self._conversion.program.extras)
+
+    def _take(self, variant: Variant) -> None:
+        """Keeps the generated function; ``forward`` of the class stays ours, which binds the arguments."""
+        variant.function = type(self).__dict__["forward"]
+        variant.code = self._code
+        variant.graph = self._graph
+        del type(self).forward
+
+    def recompile(self) -> Any:
+        """Regenerates the code of ``graph``, as on any GraphModule."""
+        code = super().recompile()
+        if "_conversion" in self.__dict__:
+            self._take(self._conversion.base)
+        else:
+            del type(self).forward
+        return code
+
+    def train(self, mode: bool = True) -> AmpModule:
+        """Switches to the graph of the mode, and every submodule to the mode."""
+        super().train(mode)
+        if "_conversion" in self.__dict__:
+            self._conversion.mode = "train" if mode else "eval"
+            self._activate()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AmpModule:
+        super()._apply(fn, recurse)
+        if self._conversion.follow_device():
+            self._activate()
+        return self
+
+    @property
+    def _this(self) -> AmpModule:
+        return self  # what an assignment to ``self`` in the model's own forward writes to
+
+    # -- copies ------------------------------------------------------------------------------------
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self._conversion.packed(pack_graph), self.training)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AmpModule:
+        import copy
+
+        function, arguments = self.__reduce__()
+        new = memo[id(self)] = function(*copy.deepcopy(arguments, memo))
+        return new
+
+    def __copy__(self) -> AmpModule:
+        return inspect(self).replan(self._conversion.policy)
+
+    # -- what belongs to it ------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> Policy:
+        """The policy, with its device type and dtype resolved."""
+        return inspect(self).policy
+
+    @property
+    def plan(self) -> PrecisionPlan:
+        """The decisions of the graph of the current mode."""
+        return inspect(self).plan
+
+    @property
+    def scaler(self) -> GradScaler:
+        """The paired gradient scaler: it scales for float16 and passes through for bfloat16."""
+        return inspect(self).scaler
+
+    def report(self) -> Any:
+        """The decisions as a table; ``print`` it, or see ``fxamp.Report``."""
+        return inspect(self).report()
+
+    def replan(self, policy: str | Policy) -> AmpModule:
+        """A new module under another policy; nothing is traced again and the tensors are shared.
+
+        Raises:
+            PolicyError: when the policy does not fit the model.
+        """
+        return inspect(self).replan(policy)
+
+    def freeze(self) -> AmpModule:
+        """A new module for inference, in eval mode, whose weights are stored in the low dtype.
+
+        Its outputs are bitwise those of this module in eval mode. Weights that are also used in float32
+        keep their dtype and get a low copy beside it. This module is left as it is.
+        """
+        return inspect(self).freeze()
+
+    def hold_weights(self) -> Any:
+        """A context in which no weight is cast twice: for gradient accumulation and evaluation loops.
+
+        Inside it, changes to weights are not seen.
+        """
+        return inspect(self).hold_weights()
+
+
+_OURS = ("policy", "plan", "scaler", "report", "replan", "freeze", "hold_weights")
+
+
+class Inspection:
+    """What the attributes of an ``AmpModule`` stand for, also where the model's own names hide them."""
+
+    def __init__(self, amp: AmpModule) -> None:
+        self._amp = amp
+        self._conversion = amp._conversion
+
+    @property
+    def policy(self) -> Policy:
+        """The policy, with its device type and dtype resolved."""
+        return self._conversion.policy
+
+    @property
+    def plan(self) -> PrecisionPlan:
+        """The decisions of the graph of the current mode."""
+        return self._conversion.base.plan
+
+    @property
+    def scaler(self) -> GradScaler:
+        """The paired gradient scaler."""
+        return self._conversion.scaler
+
+    def report(self) -> Any:
+        """The decisions as a ``fxamp.Report``."""
+        variant = self._conversion.base
+        return self._conversion.stages.report(self._conversion.program.name, variant.plan, variant.graph)
+
+    def replan(self, policy: str | Policy) -> AmpModule:
+        """A new module under another policy."""
+        amp = AmpModule(self._conversion.replanned(Policy.of(policy)))
+        return amp.train(self._amp.training)
+
+    def freeze(self) -> AmpModule:
+        """A new module for inference with low weights."""
+        conversion = self._conversion.replanned(self._conversion.policy)
+        conversion.mode = "eval"
+        conversion.stages.freeze(conversion)
+        amp = AmpModule(conversion)
+        for parameter in amp.parameters():
+            parameter.requires_grad_(False)
+        return amp.eval()
+
+    @contextmanager
+    def hold_weights(self) -> Iterator[None]:
+        """A context in which no weight is cast twice."""
+        conversion = self._conversion
+        outer, conversion.held = conversion.held, {}
+        torch.autocast_increment_nesting()
+        try:
+            yield
+        finally:
+            conversion.held = outer
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
+
+
+def inspect(amp: AmpModule) -> Inspection:
+    """Policy, plan, report and scaler of a converted module, whatever its submodules are called.
+
+    Raises:
+        FxampError: when ``amp`` is not a converted module.
+    """
+    if not isinstance(amp, AmpModule):
+        raise FxampError(f"found a {type(amp).__name__}: expected an AmpModule", hint="amp = fxamp.convert(model)")
+    return Inspection(amp)
+
+
+def _restore(packed: Any, training: bool) -> AmpModule:
+    amp = AmpModule(Conversion.unpacked(packed, unpack_graph))
+    amp.__dict__["training"] = training
+    return amp
+
+
+def _other_mode(amp: AmpModule, module: nn.Module, traced: bool) -> CaptureError:
+    path = next((name for name, found in amp.named_modules() if found is module), "")
+    return CaptureError(
+        f"submodule '{path}' has training={module.training}, but the graph was traced with training={traced}",
+        hint=f"put model.{path} into that mode before fxamp.convert(model), or switch the whole module",
+    )
+
+
+def _check_loss(loss: Any) -> None:
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return
+    found = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
+    raise FxampError(f"the loss returns {found}: expected one scalar", hint="reduce it, for example with .mean()")

@@ -1,0 +1,156 @@
+"""The functions that a converted graph calls.
+
+A cast whose input dtype is known is plain ``Tensor.to``. The rest is here: casts that look at the
+dtype first, weight casts that can be held across forwards, and calls that autocast decides about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxamp.capture import AutocastState
+from fxamp.capture.packing import pack_callable, unpack_callable
+
+__all__ = ["AmbientCall", "DtypeCall", "HELD", "PromoteCall", "cast_weight", "execution_device_type", "leaf_cast", "soft_cast"]
+
+# Low copies of weights while ``AmpModule.hold_weights`` is active, else None.
+HELD: list[dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]]] = []
+
+
+def _castable(value: torch.Tensor) -> bool:
+    return value.is_floating_point() and value.dtype != torch.float64
+
+
+def soft_cast(value: Any, dtype: torch.dtype) -> Any:
+    """The value cast as autocast would: floating tensors but float64; also inside lists and tuples.
+
+    Example::
+
+        >>> soft_cast(torch.ones(2), torch.bfloat16).dtype, soft_cast(torch.arange(2), torch.bfloat16).dtype
+        (torch.bfloat16, torch.int64)
+    """
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if _castable(value) else value
+    if isinstance(value, tuple | list):
+        items = [soft_cast(item, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def leaf_cast(value: Any, dtype: torch.dtype, first: Any) -> Any:
+    """A later cast of a value whose ``first`` cast is at hand.
+
+    autocast's cache gives back the first one for a leaf of autograd, and casts anything else again; for a
+    tensor without gradient the two are the same.
+    """
+    if not isinstance(value, torch.Tensor):
+        return soft_cast(value, dtype)
+    again = value.requires_grad and not (value.is_leaf and not value._is_view() and value.dtype == torch.float32)
+    return soft_cast(value, dtype) if again else first
+
+
+def cast_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight in the low dtype: cast now, or the copy that ``hold_weights`` keeps."""
+    if not HELD:
+        return weight.to(dtype)
+    held = HELD[-1]
+    kept = held.get((id(weight), dtype))
+    if kept is None:
+        with torch.inference_mode(False), torch.enable_grad():
+            kept = held[id(weight), dtype] = (weight, weight.to(dtype))
+    return kept[1]
+
+
+def execution_device_type(device_type: str) -> str:
+    """Where autocast has to be entered: a graph for the GPU that is run without one runs on the CPU."""
+    return "cpu" if device_type == "cuda" and not torch.cuda.is_available() else device_type
+
+
+class _Packed:
+    """Pickles ``call`` by name: some functions of torch cannot be pickled as they are."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "call": pack_callable(self.__dict__["call"])}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, call=unpack_callable(state["call"]))
+
+
+@dataclass(frozen=True)
+class AmbientCall(_Packed):
+    """A call that runs under ``torch.autocast``, which decides about it at run time.
+
+    ``call`` is a function, the name of a method of the first argument, or None when the first argument
+    is the module to call.
+    """
+
+    call: Callable[..., Any] | str | None
+    device_type: str
+    state: AutocastState
+
+    @property
+    def __name__(self) -> str:
+        return f"autocast_{_call_name(self.call)}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._autocast():
+            return _apply(self.call, args, kwargs)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        device_type, state = execution_device_type(self.device_type), self.state
+        return torch.autocast(device_type, state.dtype, state.enabled, state.cache_enabled)
+
+
+@dataclass(frozen=True)
+class PromoteCall(_Packed):
+    """A call whose tensor arguments become the widest dtype among them, at least ``low``."""
+
+    call: Callable[..., Any] | str
+    low: torch.dtype
+
+    @property
+    def __name__(self) -> str:
+        return f"promote_{_call_name(self.call)}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        widest = self.low
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and _castable(leaf):
+                widest = torch.promote_types(widest, leaf.dtype)
+        cast = torch.utils._pytree.tree_map(lambda leaf: soft_cast(leaf, widest), (args, kwargs))
+        return _apply(self.call, *cast)
+
+
+@dataclass(frozen=True)
+class DtypeCall(_Packed):
+    """A call that computes in float32 through its ``dtype=`` when its first argument may be cast."""
+
+    call: Callable[..., Any] | str
+
+    @property
+    def __name__(self) -> str:
+        return f"fp32_{_call_name(self.call)}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(first, torch.Tensor) and _castable(first):
+            kwargs = {**kwargs, "dtype": torch.float32}
+        return _apply(self.call, args, kwargs)
+
+
+def _apply(call: Callable[..., Any] | str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(call, str):
+        return getattr(args[0], call)(*args[1:], **kwargs)
+    return call(*args, **kwargs) if call is not None else args[0](*args[1:], **kwargs)
+
+
+def _call_name(call: Callable[..., Any] | str | None) -> str:
+    if call is None:
+        return "module"
+    return call if isinstance(call, str) else getattr(call, "__name__", "call")

@@ -1,0 +1,262 @@
+"""Everything a converted module was made from: program, policy, and per mode and layout a graph.
+
+It lives in the ``AmpModule`` and makes new graphs when a new kind of call, policy or device asks for
+one. The later stages (rewriting, reporting) are handed in as functions, so that imports go one way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from fxamp.capture import Layout, Program, Traced
+from fxamp.errors import CaptureError, PolicyError, nearest
+from fxamp.plan import PrecisionPlan
+from fxamp.policy import Policy
+from fxamp.runtime.scaler import GradScaler
+
+__all__ = ["Asked", "Conversion", "Stages", "Variant"]
+
+MAX_VARIANTS = 32
+MAX_STARS = 4
+
+
+class Stages(NamedTuple):
+    """The stages after capture.
+
+    ``build`` makes plan and graph of what was traced; ``report`` shows them; ``freeze`` folds the weights of
+    a conversion into the low dtype.
+    """
+
+    build: Callable[..., tuple[PrecisionPlan, fx.Graph]]
+    report: Callable[..., Any]
+    freeze: Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked for; None where fxamp chooses."""
+
+    policy: Policy
+    device_type: str | None = None
+    dtype: torch.dtype | None = None
+
+    def resolve(self, tree: nn.Module) -> Policy:
+        """The policy for the device that the model is on, unless one was asked for."""
+        device_type = self.device_type or self.policy.device_type or _device_type(tree)
+        return self.policy.resolved(device_type, self.dtype)
+
+
+@dataclass
+class Variant:
+    """One graph: as traced, as planned, as rewritten, as compiled."""
+
+    traced: Traced
+    plan: PrecisionPlan
+    graph: fx.Graph
+    function: Any = None
+    code: str = ""
+    ambient: bool = False
+    guarded: bool = False
+    mode_flags: tuple[tuple[nn.Module, bool], ...] = ()
+
+
+@dataclass
+class Conversion:
+    """The state of an ``AmpModule``.
+
+    Attributes:
+        program: what is traced.
+        asked, stages: what to make of it, and how.
+        policy: resolved.
+        mode: "train", "eval", or "as_is" for a model whose modules were in different modes.
+        variants: (mode, layout) to graph, in the order they came.
+        layout: of the call that ``graph`` and the report show.
+        examples: the values of its placeholders, when example inputs were given.
+    """
+
+    program: Program
+    asked: Asked
+    stages: Stages
+    policy: Policy
+    mode: str
+    layout: Layout
+    examples: list[Any] | None = None
+    traced: list[tuple[str, Traced]] = field(default_factory=list)
+    variants: list[tuple[str, Variant]] = field(default_factory=list)
+    scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
+    held: dict[Any, Any] | None = None
+
+    @staticmethod
+    def start(
+        program: Program, asked: Asked, stages: Stages, layout: Layout | None, examples: list[Any] | None
+    ) -> Conversion:
+        """Traces and plans both modes of the call that ``layout`` describes.
+
+        Raises:
+            CaptureError, PlanError, PolicyError: as the stages do.
+        """
+        policy = asked.resolve(program.tree)
+        mode = _mode_of(program.tree)
+        base = layout if layout is not None else _base_layout(program, mode)
+        new = Conversion(program, asked, stages, policy, mode, base, examples)
+        for name in dict.fromkeys((mode, "train", "eval")):
+            new._trace(name, base)
+        new._finish()
+        return new
+
+    def _finish(self) -> None:
+        """Plans everything traced, and pairs the scaler."""
+        self.variants = [(mode, self._build(mode, traced)) for mode, traced in self.traced]
+        self._check_op_overrides()
+        device_type = self.policy.device_type or "cpu"
+        scales = self.policy.dtype == torch.float16 and self.policy.name != "full"
+        if self.scaler.is_enabled() != scales or not self.scaler.is_enabled():
+            device = device_type if device_type != "cuda" or torch.cuda.is_available() else "cpu"
+            self.scaler = GradScaler(device, enabled=scales)
+
+    @functools.cached_property
+    def positional(self) -> int:
+        """How many plain positional arguments go straight into the base graph; -1: calls must be bound."""
+        values = tuple(slot.name for slot in self.layout if slot.kind == "value")
+        trees = any(slot.kind == "tree" for slot in self.layout)
+        return len(values) if values == self.program.signature.required and not trees else -1
+
+    def _trace(self, mode: str, layout: Layout) -> Traced:
+        flags = _flags(self.program.tree, mode)
+        for _, known in self.traced:
+            # A graph in which no mode was read serves every mode, and so does one that read the same flags.
+            if known.layout == layout and all(flags.get(path) == flag for path, flag in known.modes.items()):
+                break
+        else:
+            known = self.program.trace(layout, flags)
+        self.traced.append((mode, known))
+        return known
+
+    def _build(self, mode: str, traced: Traced) -> Variant:
+        for other, variant in self.variants:
+            if variant.traced is traced and other == mode:
+                return variant
+        examples = self.examples if traced.layout == self.layout else None
+        plan, graph = self.stages.build(self.program, traced, self.policy, mode, examples)
+        return Variant(traced, plan, graph)
+
+    @property
+    def base(self) -> Variant:
+        """The graph of the current mode for the call that was converted."""
+        found = self._find(self.layout)
+        assert found is not None
+        return found
+
+    def variant(self, layout: Layout) -> Variant:
+        """The graph for a call of this layout in the current mode; traced now when it is the first such call."""
+        found = self._find(layout)
+        if found is not None:
+            return found
+        if len(self.variants) >= MAX_VARIANTS:
+            raise CaptureError(
+                f"{MAX_VARIANTS} kinds of calls were traced already: an optional argument changes with every call",
+                hint="pass what changes as a tensor",
+            )
+        traced = self._trace(self.mode, layout)
+        self.variants.append((self.mode, self._build(self.mode, traced)))
+        return self.variants[-1][1]
+
+    def _find(self, layout: Layout) -> Variant | None:
+        for mode, variant in self.variants:
+            if mode == self.mode and variant.traced.layout == layout:
+                return variant
+        return None
+
+    def follow_device(self) -> bool:
+        """Plans anew when the model was moved to a device with other rules; whether it was."""
+        policy = self.asked.resolve(self.program.tree)
+        if policy == self.policy:
+            return False
+        self.policy, self.variants = policy, []
+        self._finish()
+        return True
+
+    def replanned(self, policy: Policy) -> Conversion:
+        """A conversion of the same traces under another policy, with a module tree of its own."""
+        asked = replace(self.asked, policy=policy)
+        if policy.device_type is not None:
+            asked = replace(asked, device_type=None)
+        if policy.dtype is not None:
+            asked = replace(asked, dtype=None)
+        program = self.program.shared()
+        new = replace(
+            self, program=program, asked=asked, policy=asked.resolve(program.tree), variants=[],
+            traced=list(self.traced), scaler=GradScaler(enabled=False), held=None,
+        )
+        new._finish()
+        return new
+
+    def _check_op_overrides(self) -> None:
+        seen = {decision.aten for _, variant in self.variants for decision in variant.plan if decision.aten}
+        for aten, _ in self.policy.ops:
+            if aten not in seen:
+                close = nearest(aten, seen)
+                hint = f"write 'aten::{close}'" if close else "print(amp.report()) lists the operators of the model"
+                raise PolicyError(f"the override 'aten::{aten}' matches no operator of the model", hint=hint)
+
+    def packed(self, pack: Callable[[fx.Graph], Any]) -> dict[str, Any]:
+        """The state as picklable data."""
+        variants = [
+            (mode, replace(v.traced, graph=pack(v.traced.graph)), v.plan, pack(v.graph))
+            for mode, v in self.variants
+        ]
+        names = ("program", "asked", "stages", "policy", "mode", "layout", "scaler")
+        return {"variants": variants, **{name: getattr(self, name) for name in names}}
+
+    @staticmethod
+    def unpacked(packed: Mapping[str, Any], unpack: Callable[[Any], fx.Graph]) -> Conversion:
+        """The state that was packed."""
+        fields = {name: value for name, value in packed.items() if name != "variants"}
+        new = Conversion(**fields)
+        for mode, traced, plan, graph in packed["variants"]:
+            whole = replace(traced, graph=unpack(traced.graph))
+            new.traced.append((mode, whole))
+            new.variants.append((mode, Variant(whole, plan, unpack(graph))))
+        return new
+
+
+def _base_layout(program: Program, mode: str) -> Layout:
+    """The layout to begin with; how many ``*args`` there are is tried out, until a call tells."""
+    failed: CaptureError | None = None
+    for stars in range(1, MAX_STARS + 1) if program.signature.starred else ():
+        layout = program.signature.base_layout(stars)
+        try:
+            program.trace(layout, _flags(program.tree, mode))
+        except CaptureError as error:
+            failed = failed or error
+        else:
+            return layout
+    if failed is not None:
+        raise failed
+    return program.signature.base_layout()
+
+
+def _mode_of(tree: nn.Module) -> str:
+    flags = {module.training for module in tree.modules()}
+    if len(flags) > 1:
+        return "as_is"
+    return "train" if flags.pop() else "eval"
+
+
+def _flags(tree: nn.Module, mode: str) -> dict[str, bool]:
+    return {
+        path: module.training if mode == "as_is" else mode == "train"
+        for path, module in tree.named_modules(remove_duplicate=False)
+    }
+
+
+def _device_type(tree: nn.Module) -> str:
+    tensors = (*tree.parameters(), *tree.buffers())
+    found = tensors[0].device.type if tensors else "cpu"
+    return found if found in ("cuda", "cpu") else "cpu"
