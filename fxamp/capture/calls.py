@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-__all__ = ["AutogradFunctionCall", "assign"]
+__all__ = ["AutogradFunctionCall", "assign", "enter_inference_mode", "exit_inference_mode", "leave_inference_modes"]
 
 
 @dataclass(frozen=True)
@@ -32,3 +32,27 @@ class AutogradFunctionCall:
 def assign(module: nn.Module, name: str, value: Any) -> None:
     """Sets an attribute of a module, as the user's forward did while it was traced."""
     setattr(module, name, value)
+
+
+_inference_modes: list[Any] = []
+
+
+@fx.node.has_side_effect
+def enter_inference_mode(mode: bool) -> None:
+    """Enters ``torch.inference_mode(mode)``, as the user's forward did while it was traced."""
+    context = torch.inference_mode(mode)
+    context.__enter__()
+    _inference_modes.append(context)
+
+
+@fx.node.has_side_effect
+def exit_inference_mode() -> None:
+    """Leaves the inference mode that was entered last."""
+    _inference_modes.pop().__exit__(None, None, None)
+
+
+def leave_inference_modes(depth: int | None = None) -> int:
+    """Leaves the inference modes that an exception left open beyond ``depth``; how many are open now."""
+    while depth is not None and len(_inference_modes) > depth:
+        exit_inference_mode()
+    return len(_inference_modes)

@@ -108,12 +108,15 @@ class Program:
         new.__dict__.update(self.__dict__, tree=clone_tree(self.tree), extras=dict(self.extras))
         return new
 
-    def trace(self, layout: Layout, training: Mapping[str, bool]) -> Traced:
+    def trace(
+        self, layout: Layout, training: Mapping[str, bool], ambient: tuple[str, torch.dtype] | None = None
+    ) -> Traced:
         """The graph of one call.
 
         Args:
             layout: which arguments are placeholders.
             training: module path to the ``training`` flag it is traced with.
+            ambient: the device type and dtype that ``torch.is_autocast_enabled`` and the like shall answer with.
 
         Raises:
             CaptureError: when the model's or the loss's own code cannot be traced, with the user's line.
@@ -124,8 +127,9 @@ class Program:
         loss = root.get_submodule(self.loss_path) if self.loss_path else self._loss
         entry = _Entry(self.signature, layout, model, loss)
         through = tuple(module for module in (root, loss) if isinstance(module, nn.Module))
-        tracer = AmpTracer(root, entry, through, self.extras)
-        with _modes(root, training):
+        sources = tuple(f for f in (self._function, self._loss) if inspect.isroutine(f))
+        tracer = AmpTracer(root, entry, through, self.extras, sources)
+        with _modes(root, training), _autocast_answers(ambient):
             try:
                 graph = tracer.run(entry.names())
             except Exception as error:
@@ -190,6 +194,23 @@ def _modes(root: nn.Module, training: Mapping[str, bool]) -> Iterator[None]:
     finally:
         for module, flag in before.items():
             module.__dict__["training"] = flag
+
+
+@contextmanager
+def _autocast_answers(ambient: tuple[str, torch.dtype] | None) -> Iterator[None]:
+    """Autocast switched on for whoever asks; torch.autocast itself would refuse "cuda" without a GPU."""
+    if ambient is None:
+        yield
+        return
+    device_type, dtype = ambient
+    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    torch.set_autocast_enabled(device_type, True)
+    torch.set_autocast_dtype(device_type, dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, before[0])
+        torch.set_autocast_dtype(device_type, before[1])
 
 
 def _owning_module(model: Any) -> nn.Module | None:

@@ -14,7 +14,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.autograd import grad_mode
+
+from fxamp.capture.calls import enter_inference_mode, exit_inference_mode
 
 __all__ = ["AutocastState", "Region", "RegionRecorder", "state_of"]
 
@@ -126,11 +127,10 @@ class RegionRecorder:
 
     # Not entered for real: what tracing itself creates must not become inference tensors.
     def _inference_enter(self, original: Any, region: Any) -> None:
-        context = self._emit(grad_mode._enter_inference_mode, bool(region.mode))
-        self._outer.setdefault(id(region), []).append(context)
+        self._emit(enter_inference_mode, bool(region.mode))
 
     def _inference_exit(self, original: Any, region: Any, *exc: Any) -> None:
-        self._emit(grad_mode._exit_inference_mode, self._outer[id(region)].pop())
+        self._emit(exit_inference_mode)
 
 
 def _autocast_init(

@@ -24,6 +24,7 @@ from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 
+from fxamp.capture.builtins import shadowed_builtins
 from fxamp.capture.calls import AutogradFunctionCall, assign
 from fxamp.capture.guards import guard_at
 from fxamp.capture.proxy import AmpParameterProxy, AmpProxy
@@ -68,6 +69,7 @@ class AmpTracer(fx.Tracer):
         entry: called with the proxies of the placeholders; what it returns is the graph's output.
         through: modules that must be traced into: when they fail, the trace fails.
         extras: tensors that no module owns, by the name they are read under; new ones are added.
+        sources: functions that are traced and belong to no module.
     """
 
     def __init__(
@@ -76,10 +78,12 @@ class AmpTracer(fx.Tracer):
         entry: Callable[..., Any],
         through: tuple[nn.Module, ...],
         extras: dict[str, torch.Tensor],
+        sources: tuple[Any, ...] = (),
     ) -> None:
         super().__init__(autowrap_modules=(math,))
         self.untraceable: dict[str, str] = {}
         self.extras = extras
+        self._sources = sources
         self.mode_readers: dict[str, bool] = {}
         self._entry = entry
         self._through = through
@@ -101,6 +105,8 @@ class AmpTracer(fx.Tracer):
                 stack.enter_context(self._regions.recording())
                 stack.enter_context(self._watching_modules())
                 stack.enter_context(_RecordFactories(self))
+                forwards = (type(module).forward for module in self.root.modules())
+                stack.enter_context(shadowed_builtins(*forwards, *self._sources))
                 return super().trace(self.root)
         finally:
             torch.set_grad_enabled(grad_mode)

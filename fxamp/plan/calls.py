@@ -15,10 +15,9 @@ from typing import Any, Final
 
 import torch
 from torch import fx, nn
-from torch.autograd import grad_mode
 from torch.fx.node import _get_qualified_name
 
-from fxamp.capture import assign
+from fxamp.capture.calls import assign, enter_inference_mode, exit_inference_mode
 from fxamp.policy.spellings import aten_name
 
 __all__ = ["MODE_CALLS", "Call", "read_call"]
@@ -39,8 +38,8 @@ MODE_CALLS: Final = frozenset(
         torch._assert,
         torch.is_grad_enabled,
         torch._C._set_grad_enabled,
-        grad_mode._enter_inference_mode,
-        grad_mode._exit_inference_mode,
+        enter_inference_mode,
+        exit_inference_mode,
     }
 )
 _STEERING: Final = MODE_CALLS | frozenset(

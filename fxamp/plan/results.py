@@ -30,6 +30,19 @@ USER_CASTS: Final[Mapping[str, torch.dtype | None]] = {
     "type": None,
     "type_as": None,
 }
+_TABLES: Final = frozenset({"embedding", "embedding_bag"})
+# Operators whose result is never 0-dim, and operators whose result has the rank of their first input.
+_SHAPED: Final = frozenset(
+    "linear mm bmm addmm baddbmm addbmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
+    "layer_norm rms_norm group_norm batch_norm instance_norm scaled_dot_product_attention cat stack concat flatten "
+    "unsqueeze avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d "
+    "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d pixel_shuffle pixel_unshuffle "
+    "pad im2col col2im".split()
+)
+_KEEPS_RANK: Final = frozenset(
+    "softmax log_softmax dropout alpha_dropout feature_dropout contiguous clone detach transpose permute movedim t "
+    "alias masked_fill tril triu roll flip glu chunk split split_with_sizes narrow repeat expand_as".split()
+)
 _DEFAULT_DTYPE: Final = frozenset("zeros ones empty rand randn eye linspace logspace hann_window".split())
 _INTEGER: Final = frozenset("randint randperm tril_indices triu_indices".split())
 
@@ -60,11 +73,28 @@ def result_of(
         return Value(named, None)
     if not tensors_in(inputs):
         return _factory_result(node, aten, inputs)
+    if aten in _TABLES:
+        return _lookup_result(cast_inputs)
     kind = output_kind(aten, node.target, node.args, node.kwargs) if aten else None
-    found = outcome(kind, cast_inputs)
+    found = _ranked(aten, outcome(kind, cast_inputs), cast_inputs)
     if aten in ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split"):
         return Tensors(found) if isinstance(found, Value) else UNKNOWN
     return found
+
+
+def _lookup_result(inputs: tuple[Value, ...]) -> Value:
+    """A lookup takes a floating table and integers, in either order, and gives rows of the table."""
+    tables = {value.dtype for value in inputs if value.dtype is not None and value.dtype.is_floating_point}
+    return Value(tables.pop() if len(tables) == 1 else None, False)
+
+
+def _ranked(aten: str, flow: Flow, inputs: tuple[Value, ...]) -> Flow:
+    """The flow, with what is known about being 0-dim."""
+    if not isinstance(flow, Value) or flow.scalar is not None:
+        return flow
+    if aten in _SHAPED:
+        return Value(flow.dtype, False)
+    return Value(flow.dtype, inputs[0].scalar) if aten in _KEEPS_RANK and inputs else flow
 
 
 def _cast_result(node: fx.Node, aten: str, inputs: tuple[Flow, ...], flow_of: Callable[[fx.Node], Flow]) -> Flow:

@@ -1,8 +1,8 @@
 """Which dtype comes out of an ATen operator, given the dtypes that go in?
 
-Planning follows dtypes through a graph without running it. Views, in-place writes and pointwise operators are told by
-torch itself (schemas and tags); the others have a name in a list below. An operator in neither is unknown, which is
-always safe. The kinds hold for real tensors, and for calls that name no dtype of their own:
+Planning follows dtypes through a graph without running it. Views, in-place writes and pointwise operators
+are told by torch itself (schemas and tags); the others have a name in a list below. An operator in neither is
+unknown, which is always safe. The kinds hold for real tensors, and for calls that name no dtype themselves:
 
 * ``first``: the dtype of the first tensor. The value may be that tensor, or share its memory.
 * ``promote``: ``torch.result_type`` of all tensors and numbers, as a new tensor.
@@ -11,7 +11,8 @@ always safe. The kinds hold for real tensors, and for calls that name no dtype o
 * ``accumulate``: ``first`` for floating tensors, and int64 for integers.
 * ``bool``, ``int32``, ``int64``: always that.
 
-A tuple has a kind for each element of the result; a list of tensors has the one kind that all its elements share.
+A tuple has a kind for each element of the result; a list of tensors has the one kind that all its elements
+share.
 """
 
 from __future__ import annotations

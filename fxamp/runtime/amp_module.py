@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxamp.capture import Layout, values_of
+from fxamp.capture import values_of
+from fxamp.capture.calls import enter_inference_mode, leave_inference_modes
 from fxamp.capture.packing import pack_graph, unpack_graph
 from fxamp.errors import CaptureError, FxampError
 from fxamp.plan import PrecisionPlan
@@ -26,7 +27,7 @@ from fxamp.runtime.scaler import GradScaler
 __all__ = ["AmpModule", "Inspection", "inspect"]
 
 _BAKED = (bool, str, type(None))
-_GRAD_REGION = frozenset({torch._C._set_grad_enabled, torch.autograd.grad_mode._enter_inference_mode})
+_GRAD_REGION = frozenset({torch._C._set_grad_enabled, enter_inference_mode})
 
 
 class AmpModule(fx.GraphModule):
@@ -99,16 +100,15 @@ class AmpModule(fx.GraphModule):
 
     def _run_guarded(self, variant: Variant, values: Any, device_type: str) -> Any:
         """For graphs that switch the grad mode, which an exception must not leave switched, and held weights."""
-        before = torch.is_grad_enabled()
+        grad_mode, depth = torch.is_grad_enabled(), leave_inference_modes()
         HELD.append(self._conversion.held if self._conversion.held is not None else {})
         try:
-            with torch.inference_mode(torch.is_inference_mode_enabled()):
-                with torch.autocast(device_type, enabled=False):
-                    torch.set_grad_enabled(before)
-                    return variant.function(self, *values)
+            with torch.autocast(device_type, enabled=False):
+                return variant.function(self, *values)
         finally:
             HELD.pop()
-            torch.set_grad_enabled(before)
+            leave_inference_modes(depth)
+            torch._C._set_grad_enabled(grad_mode)
 
     def _variant_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Variant, list[Any]]:
         conversion = self._conversion

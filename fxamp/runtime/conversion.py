@@ -103,7 +103,7 @@ class Conversion:
         """
         policy = asked.resolve(program.tree)
         mode = _mode_of(program.tree)
-        base = layout if layout is not None else _base_layout(program, mode)
+        base = layout if layout is not None else _base_layout(program, mode, policy)
         new = Conversion(program, asked, stages, policy, mode, base, examples)
         for name in dict.fromkeys((mode, "train", "eval")):
             new._trace(name, base)
@@ -134,7 +134,7 @@ class Conversion:
             if known.layout == layout and all(flags.get(path) == flag for path, flag in known.modes.items()):
                 break
         else:
-            known = self.program.trace(layout, flags)
+            known = self.program.trace(layout, flags, _ambient(self.policy))
         self.traced.append((mode, known))
         return known
 
@@ -226,13 +226,13 @@ class Conversion:
         return new
 
 
-def _base_layout(program: Program, mode: str) -> Layout:
+def _base_layout(program: Program, mode: str, policy: Policy) -> Layout:
     """The layout to begin with; how many ``*args`` there are is tried out, until a call tells."""
     failed: CaptureError | None = None
     for stars in range(1, MAX_STARS + 1) if program.signature.starred else ():
         layout = program.signature.base_layout(stars)
         try:
-            program.trace(layout, _flags(program.tree, mode))
+            program.trace(layout, _flags(program.tree, mode), _ambient(policy))
         except CaptureError as error:
             failed = failed or error
         else:
@@ -240,6 +240,12 @@ def _base_layout(program: Program, mode: str) -> Layout:
     if failed is not None:
         raise failed
     return program.signature.base_layout()
+
+
+def _ambient(policy: Policy) -> tuple[str, torch.dtype] | None:
+    if policy.name == "full" or policy.device_type is None or policy.dtype is None:
+        return None
+    return policy.device_type, policy.dtype
 
 
 def _mode_of(tree: nn.Module) -> str:

@@ -1,0 +1,374 @@
+"""The operator tables against the running torch: what it registers, what its autocast does, and what comes out."""
+
+from __future__ import annotations
+
+import operator
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from fxamp.dtypes import is_castable
+from fxamp.errors import PolicyError
+from fxamp.policy import composites, operators
+from fxamp.policy.flow import _kinds, output_kind
+from fxamp.policy.operators import FORWARDS_TO, OPERATORS, operator_rules, packet_of, transparent
+from fxamp.policy.python_table import FUNCTIONS
+from fxamp.policy.spellings import aten_name, resolve_operator
+
+DEVICES = ("cuda", "cpu")
+LOW = torch.bfloat16
+ONLY_IN_BUILDS_WITH_A_GPU = {"_cudnn_rnn", "miopen_rnn"}
+NEWEST = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
+def rows(device_type: str) -> dict[str, str]:
+    return {name: row[device_type] for name, row in OPERATORS.items() if row[device_type] != "follow"}
+
+
+def overload(name: str) -> Any:
+    packet, _, rest = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), rest or "default")
+
+
+# -- the rows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device_type", DEVICES)
+def test_the_rows_are_what_torch_registers(device_type: str) -> None:
+    registered = operators.registered_operators(device_type) - ONLY_IN_BUILDS_WITH_A_GPU
+    assert registered <= set(rows(device_type))
+    if NEWEST:
+        assert registered == set(rows(device_type))
+
+
+def test_every_row_is_an_operator_with_known_rules() -> None:
+    known = {"lower", "fp32", "fp32_dtype", "promote", "banned", "follow"}
+    for name, row in OPERATORS.items():
+        assert set(row.values()) <= known, name
+        assert set(row.values()) != {"follow"}, name
+        if NEWEST:
+            assert overload(name), name
+
+
+def test_the_cuda_rows_are_the_lists_of_the_installed_header() -> None:
+    header = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
+    if not header.exists() or not NEWEST:
+        pytest.skip("no header of this version")
+    text = header.read_text().replace("\\\n", "")
+    lists = dict(re.findall(r"#define AT_FORALL_(\w+)\(_\)(.*)", text))
+    rules = {"LOWER_PRECISION_FP": "lower", "FP32": "fp32", "FP32_SET_OPT_DTYPE": "fp32_dtype", "PROMOTE": "promote"}
+    found = {
+        ".".join(filter(None, (part.strip() for part in entry.split(",")))): rule
+        for key, rule in rules.items()
+        for entry in re.findall(r"_\(([^()]+)\)", lists[key])
+    }
+    found |= dict.fromkeys(re.findall(r'"(norm\.\w+)"', text), "fp32_dtype")
+    # Registered by name beside the lists, in autocast_mode.cpp.
+    by_hand = {"binary_cross_entropy": "banned", "cudnn_convolution": "lower", "cudnn_convolution_transpose": "lower"}
+    assert rows("cuda") == found | by_hand
+
+
+class Reached(Exception):
+    """Raised in place of an operator's kernel, with what autocast passed on to it."""
+
+
+def _invented(argument: torch.Argument, tensor: Callable[[], torch.Tensor]) -> Any:
+    """Some value of an argument's type; no kernel ever looks at it."""
+    kind = str(argument.type)
+    if kind.startswith("List[Optional"):
+        return [torch.ones(1, dtype=torch.int64)]
+    if "Tensor" in kind:
+        return [tensor(), tensor()] if "List" in kind else tensor()
+    values = {"int": 1, "SymInt": 1, "float": 1.0, "number": 1, "bool": False, "str": "x"}
+    item = values.get(kind.removeprefix("List[").removesuffix("]"))
+    return [item] if kind.startswith("List") else item
+
+
+def _passed_on(name: str, device_type: str, dtypes: tuple[torch.dtype, ...]) -> set[torch.dtype | str]:
+    """The dtypes with which autocast calls an operator that is given these."""
+    made = iter(range(1000))
+
+    def tensor() -> torch.Tensor:
+        with FakeTensorMode():
+            return torch.empty(2, 2, dtype=dtypes[next(made) % len(dtypes)], device=device_type)
+
+    def record(*args: Any, **kwargs: Any) -> None:
+        leaves = tree_leaves((args, kwargs))
+        named = {"dtype=" for leaf in leaves if leaf is torch.float32}
+        raise Reached({leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)} - {torch.int64} | named)
+
+    target = overload(name)
+    arguments = {a.name: (a.kwarg_only, _invented(a, tensor)) for a in target._schema.arguments}
+    with warnings.catch_warnings(), torch.library._scoped_library("aten", "IMPL") as library:
+        warnings.simplefilter("ignore")
+        for each in {name, "norm.ScalarOpt_dtype", "norm.ScalarOpt_dim_dtype"}:
+            library.impl(each, record, f"Autograd{device_type.upper()}")
+        try:
+            with autocast_on(device_type):
+                target(
+                    *(value for only, value in arguments.values() if not only),
+                    **{key: value for key, (only, value) in arguments.items() if only},
+                )
+        except Reached as reached:
+            return reached.args[0]
+        except RuntimeError as error:
+            return {"banned"} if "unsafe to autocast" in str(error) else {str(error)}
+    return set()
+
+
+@contextmanager
+def autocast_on(device_type: str) -> Iterator[None]:
+    """Autocast as the thread's state has it: the context manager refuses "cuda" on a build without."""
+    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    torch.set_autocast_enabled(device_type, True)
+    torch.set_autocast_dtype(device_type, LOW)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, before[0])
+        torch.set_autocast_dtype(device_type, before[1])
+        torch.clear_autocast_cache()
+
+
+@pytest.mark.parametrize("device_type", DEVICES)
+def test_every_row_is_what_autocast_does_before_the_kernel(device_type: str) -> None:
+    f32, both = torch.float32, (torch.float32, LOW)
+    expected = {
+        "lower": [{LOW}, {LOW}, {LOW}],
+        "fp32": [{f32}, {f32}, {f32}],
+        "fp32_dtype": [{f32, "dtype="}, {LOW, "dtype="}],
+        "promote": [{f32}, {LOW}, {f32}],
+        "banned": [{"banned"}] * 3,
+        "follow": [{f32}, {LOW}],
+    }
+    for name, row in OPERATORS.items():
+        registered = name in operators.registered_operators(device_type)
+        rule = row[device_type]
+        assert registered == (rule != "follow") or not NEWEST, name
+        if registered or rule == "follow":
+            seen = [_passed_on(name, device_type, dtypes) for dtypes in ((f32,), (LOW,), both)]
+            assert seen[: len(expected[rule])] == expected[rule], name
+
+
+def test_rules_are_by_packet_and_forwarded() -> None:
+    cuda, cpu = operator_rules("cuda"), operator_rules("cpu")
+    assert cuda["linear"] == cpu["linear"] == "lower"
+    assert (cuda["softmax"], cuda["special_softmax"], cuda["square"]) == ("fp32_dtype", "fp32_dtype", "fp32")
+    assert (cpu["hstack"], cpu["nll_loss_nd"]) == ("promote", "fp32")
+    assert "softmax" not in cpu
+    assert "hstack" not in cuda
+    assert "_convolution" not in cpu  # one overload is listed, the other is not
+    assert "follow" not in set(cuda.values()) | set(cpu.values())
+    for device_type in DEVICES:
+        listed = {packet_of(name) for name in OPERATORS}
+        assert set(FORWARDS_TO[device_type].values()) <= listed
+
+
+def test_an_unknown_device_type_is_an_error_with_the_nearest() -> None:
+    for function in (operator_rules, lambda device_type: transparent("add", device_type)):
+        with pytest.raises(PolicyError, match=r"unknown device type 'cud'.*\n\nhint: write device_type='cuda'"):
+            function("cud")
+
+
+# -- transparent -----------------------------------------------------------------------------------------
+
+SAME_ON_BOTH = """
+    reshape flatten chunk split dropout contiguous to type_as expand_as view_as batch_norm instance_norm max_pool1d
+    max_pool2d adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d selu silu gelu relu hardshrink where std
+    var mean embedding embedding_bag unflatten narrow index_select movedim tile repeat_interleave one_hot add add_
+    take_along_dim constant_pad_nd masked_fill view permute transpose unsqueeze clone rsub relu_ exp_ pixel_shuffle
+"""
+
+
+def test_common_operators_are_transparent_where_autocast_leaves_them_alone() -> None:
+    assert [name for name in SAME_ON_BOTH.split() if not (transparent(name, "cpu") and transparent(name, "cuda"))] == []
+    for name in "layer_norm softmax log_softmax exp sum group_norm rms_norm square arctan2 upsample_nearest2d".split():
+        assert transparent(name, "cpu"), name
+        assert not transparent(name, "cuda") or name in FORWARDS_TO["cuda"], name
+    for name in "cat stack pad".split():
+        assert transparent(name, "cuda"), name
+        assert not transparent(name, "cpu"), name
+    for name in "matmul lstm gru affine_grid_generator det cov corrcoef linalg_pinv no_such_operator".split():
+        assert not transparent(name, "cpu"), name
+        assert not transparent(name, "cuda"), name
+
+
+def test_the_rows_of_composites_name_operators() -> None:
+    for device_type in DEVICES:
+        listed = {packet_of(name) for name in rows(device_type)}
+        for name, cell in composites._CELLS[device_type].items():
+            assert cell in ("same", "listed", "-") or cell in operators.aten_packets(), name
+            if NEWEST:
+                assert name in operators.aten_packets(), name
+                assert (cell == "listed") == (name in listed), name
+
+
+# -- samples: the same bits with autocast on, and with the rule applied by hand ------------------------------
+
+# Without deterministic results, or not run on the CPU of every machine.
+SKIPPED = frozenset(
+    "empty empty_like new_empty empty_permuted empty_strided new_empty_strided resize_ resize_as_ linalg.lstsq".split()
+)
+QUICK = ((torch.float32,), (LOW, torch.float32))
+ALL = ((torch.float32,), (LOW,), (torch.float32, LOW), (LOW, torch.float32))
+
+
+def op_db() -> list[Any]:
+    from torch.testing._internal.common_methods_invocations import op_db as found
+
+    return [info for info in found if info.name not in SKIPPED and torch.float32 in info.dtypes]
+
+
+def samples(info: Any, count: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _, sample in zip(range(count), info.sample_inputs("cpu", torch.float32), strict=False):
+            if sample.kwargs.get("out") is None:
+                yield (sample.input, *sample.args), sample.kwargs
+
+
+def spellings(info: Any) -> Iterator[tuple[str, Any, Callable[..., Any]]]:
+    yield "call_function", info.op, info.op
+    yield from (("call_function", alias.op, alias.op) for alias in info.aliases)
+    for method in (info.method_variant, info.inplace_variant):
+        if method is not None:
+            yield "call_method", getattr(method, "__name__", info.name), method
+
+
+def leaves(call: Any, dtypes: tuple[torch.dtype, ...]) -> tuple[Any, list[torch.Tensor]]:
+    """The arguments in these dtypes, in turn, as leaves of autograd."""
+    flat, spec = tree_flatten(call)
+    floats = [i for i, x in enumerate(flat) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    for turn, i in enumerate(floats):
+        flat[i] = flat[i].detach().clone().to(dtypes[turn % len(dtypes)]).requires_grad_()
+    return tree_unflatten(flat, spec), [flat[i] for i in floats]
+
+
+def values_and_gradients(run: Callable[..., Any], call: Any, dtypes: tuple[torch.dtype, ...]) -> list[Any]:
+    (args, kwargs), wanted = leaves(call, dtypes)
+    torch.manual_seed(0)
+    try:
+        out = [x for x in tree_leaves(run(*args, **kwargs)) if isinstance(x, torch.Tensor)]
+        loss = [x for x in out if x.requires_grad and x.is_floating_point() and x.layout == torch.strided]
+        seeds = [torch.randn(x.shape).to(x.dtype) for x in loss]
+        grads = torch.autograd.grad(loss, wanted, seeds, allow_unused=True) if loss else ()
+    except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
+        return ["raises"]
+    return [x if x is None else x.detach() for x in (*out, *grads)]
+
+
+def same_bits(left: list[Any], right: list[Any]) -> bool:
+    def equal(x: Any, y: Any) -> bool:
+        if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+            return x is y or x == y
+        if (x.dtype, x.shape, x.layout) != (y.dtype, y.shape, y.layout):
+            return False
+        if x.dtype == torch.complex32:
+            x, y = x.to(torch.complex64), y.to(torch.complex64)
+        return x.layout != torch.strided or torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
+
+    return len(left) == len(right) and all(map(equal, left, right))
+
+
+def cast(tree: Any, dtype: torch.dtype) -> Any:
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and is_castable(x.dtype) else x, tree)
+
+
+def widest(tree: Any) -> torch.dtype:
+    found = {x.dtype for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
+    return torch.float32 if torch.float32 in found else LOW
+
+
+def by_hand(rule: str | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a rule applied to its arguments, as a planned graph would."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if rule == "banned":
+            raise RuntimeError(rule)
+        if rule == "fp32_dtype":
+            named = any(isinstance(x, torch.dtype) for x in (*args, *kwargs.values()))
+            first = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+            extra = {} if named or not is_castable(first.dtype) else {"dtype": torch.float32}
+            return function(*args, **kwargs, **extra)
+        if rule is not None:
+            dtypes = {"lower": LOW, "fp32": torch.float32, "promote": widest((args, kwargs))}
+            args, kwargs = cast((args, kwargs), dtypes[rule])
+        return function(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def rules_of(device_type: str) -> Iterator[None]:
+    """CPU autocast with the rules of another device: each of its kernels replaced by one in Python."""
+    with warnings.catch_warnings(), torch.library._scoped_library("aten", "IMPL") as library:
+        warnings.simplefilter("ignore")
+        for name, row in OPERATORS.items() if device_type != "cpu" else ():
+            if name in operators.registered_operators(device_type) and not name.startswith("cudnn"):
+                library.impl(name, _autocast_kernel(name, row[device_type]), "AutocastCPU")
+            elif name in operators.registered_operators("cpu"):
+                library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU")
+        yield
+
+
+def _autocast_kernel(name: str, rule: str) -> Callable[..., Any]:
+    packet = getattr(torch.ops.aten, packet_of(name))
+    redispatched = by_hand(rule, packet if packet_of(name) in ("norm", "softmax", "log_softmax") else overload(name))
+    below = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            return redispatched(*args, **kwargs)
+
+    return kernel
+
+
+def check_samples(device_type: str, count: int, dtype_mixes: tuple[tuple[torch.dtype, ...], ...]) -> int:
+    rules, checked, wrong = operator_rules(device_type), 0, []
+    for info in op_db():
+        calls = list(samples(info, count))
+        for opcode, target, function in spellings(info):
+            for args, kwargs in calls:
+                aten = aten_name(opcode, target, args, kwargs)
+                if aten is None or not (aten in rules or transparent(aten, device_type)):
+                    continue
+                for dtypes in dtype_mixes:
+                    expected = values_and_gradients(_under(function), (args, kwargs), dtypes)
+                    found = values_and_gradients(by_hand(rules.get(aten), function), (args, kwargs), dtypes)
+                    checked += 1
+                    if not same_bits(expected, found):
+                        wrong.append(f"{info.name} as {opcode} {aten}: {rules.get(aten)} {dtypes}")
+    assert not wrong, "\n".join(wrong)
+    return checked
+
+
+def _under(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", LOW, cache_enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("device_type", DEVICES)
+def test_rules_and_transparency_keep_every_bit(device_type: str) -> None:
+    with rules_of(device_type):
+        assert check_samples(device_type, 2, QUICK) > 3000
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("device_type", DEVICES)
+def test_rules_and_transparency_keep_every_bit_of_all_samples(device_type: str) -> None:
+    with rules_of(device_type):
+        assert check_samples(device_type, 40, ALL) > 50_000
