@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,12 @@ def test_the_cuda_rows_are_the_lists_of_the_installed_header() -> None:
         pytest.skip("no header of this version")
     text = header.read_text().replace("\\\n", "")
     lists = dict(re.findall(r"#define AT_FORALL_(\w+)\(_\)(.*)", text))
-    rules = {"LOWER_PRECISION_FP": "lower", "FP32": "fp32", "FP32_SET_OPT_DTYPE": "fp32_dtype", "PROMOTE": "promote"}
+    rules = {
+        "LOWER_PRECISION_FP": "lower",
+        "FP32": "fp32",
+        "FP32_SET_OPT_DTYPE": "fp32_dtype",
+        "PROMOTE": "promote",
+    }
     found = {
         ".".join(filter(None, (part.strip() for part in entry.split(",")))): rule
         for key, rule in rules.items()
@@ -73,7 +79,11 @@ def test_the_cuda_rows_are_the_lists_of_the_installed_header() -> None:
     }
     found |= dict.fromkeys(re.findall(r'"(norm\.\w+)"', text), "fp32_dtype")
     # Registered by name beside the lists, in autocast_mode.cpp.
-    by_hand = {"binary_cross_entropy": "banned", "cudnn_convolution": "lower", "cudnn_convolution_transpose": "lower"}
+    by_hand = {
+        "binary_cross_entropy": "banned",
+        "cudnn_convolution": "lower",
+        "cudnn_convolution_transpose": "lower",
+    }
     assert rows("cuda") == found | by_hand
 
 
@@ -104,7 +114,9 @@ def _passed_on(name: str, device_type: str, dtypes: tuple[torch.dtype, ...]) -> 
     def record(*args: Any, **kwargs: Any) -> None:
         leaves = tree_leaves((args, kwargs))
         named = {"dtype=" for leaf in leaves if leaf is torch.float32}
-        raise Reached({leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)} - {torch.int64} | named)
+        raise Reached(
+            {leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)} - {torch.int64} | named
+        )
 
     target = overload(name)
     arguments = {a.name: (a.kwarg_only, _invented(a, tensor)) for a in target._schema.arguments}
@@ -175,7 +187,9 @@ def test_rules_are_by_packet_and_forwarded() -> None:
 
 def test_an_unknown_device_type_is_an_error_with_the_nearest() -> None:
     for function in (operator_rules, lambda device_type: transparent("add", device_type)):
-        with pytest.raises(PolicyError, match=r"unknown device type 'cud'.*\n\nhint: write device_type='cuda'"):
+        with pytest.raises(
+            PolicyError, match=r"unknown device type 'cud'.*\n\nhint: write device_type='cuda'"
+        ):
             function("cud")
 
 
@@ -190,8 +204,12 @@ SAME_ON_BOTH = """
 
 
 def test_common_operators_are_transparent_where_autocast_leaves_them_alone() -> None:
-    assert [name for name in SAME_ON_BOTH.split() if not (transparent(name, "cpu") and transparent(name, "cuda"))] == []
-    for name in "layer_norm softmax log_softmax exp sum group_norm rms_norm square arctan2 upsample_nearest2d".split():
+    assert [
+        name for name in SAME_ON_BOTH.split() if not (transparent(name, "cpu") and transparent(name, "cuda"))
+    ] == []
+    for name in (
+        "layer_norm softmax log_softmax exp sum group_norm rms_norm square arctan2 upsample_nearest2d".split()
+    ):
         assert transparent(name, "cpu"), name
         assert not transparent(name, "cuda") or name in FORWARDS_TO["cuda"], name
     for name in "cat stack pad".split():
@@ -228,12 +246,11 @@ def op_db() -> list[Any]:
     return [info for info in found if info.name not in SKIPPED and torch.float32 in info.dtypes]
 
 
-def samples(info: Any, count: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def samples(info: Any, count: int, dtype: torch.dtype = torch.float32) -> list[tuple[Any, dict[str, Any]]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for _, sample in zip(range(count), info.sample_inputs("cpu", torch.float32), strict=False):
-            if sample.kwargs.get("out") is None:
-                yield (sample.input, *sample.args), sample.kwargs
+        made = islice(info.sample_inputs_func(info, "cpu", dtype, False), count)
+        return [((x.input, *x.args), x.kwargs) for x in made if x.kwargs.get("out") is None]
 
 
 def spellings(info: Any) -> Iterator[tuple[str, Any, Callable[..., Any]]]:
@@ -255,7 +272,7 @@ def leaves(call: Any, dtypes: tuple[torch.dtype, ...]) -> tuple[Any, list[torch.
 
 def values_and_gradients(run: Callable[..., Any], call: Any, dtypes: tuple[torch.dtype, ...]) -> list[Any]:
     (args, kwargs), wanted = leaves(call, dtypes)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     try:
         out = [x for x in tree_leaves(run(*args, **kwargs)) if isinstance(x, torch.Tensor)]
         loss = [x for x in out if x.requires_grad and x.is_floating_point() and x.layout == torch.strided]
@@ -280,7 +297,9 @@ def same_bits(left: list[Any], right: list[Any]) -> bool:
 
 
 def cast(tree: Any, dtype: torch.dtype) -> Any:
-    return tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and is_castable(x.dtype) else x, tree)
+    return tree_map(
+        lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and is_castable(x.dtype) else x, tree
+    )
 
 
 def widest(tree: Any) -> torch.dtype:
@@ -322,7 +341,9 @@ def rules_of(device_type: str) -> Iterator[None]:
 
 def _autocast_kernel(name: str, rule: str) -> Callable[..., Any]:
     packet = getattr(torch.ops.aten, packet_of(name))
-    redispatched = by_hand(rule, packet if packet_of(name) in ("norm", "softmax", "log_softmax") else overload(name))
+    redispatched = by_hand(
+        rule, packet if packet_of(name) in ("norm", "softmax", "log_softmax") else overload(name)
+    )
     below = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
@@ -335,7 +356,7 @@ def _autocast_kernel(name: str, rule: str) -> Callable[..., Any]:
 def check_samples(device_type: str, count: int, dtype_mixes: tuple[tuple[torch.dtype, ...], ...]) -> int:
     rules, checked, wrong = operator_rules(device_type), 0, []
     for info in op_db():
-        calls = list(samples(info, count))
+        calls = samples(info, count)
         for opcode, target, function in spellings(info):
             for args, kwargs in calls:
                 aten = aten_name(opcode, target, args, kwargs)
@@ -363,7 +384,7 @@ def _under(function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("device_type", DEVICES)
 def test_rules_and_transparency_keep_every_bit(device_type: str) -> None:
     with rules_of(device_type):
-        assert check_samples(device_type, 2, QUICK) > 3000
+        assert check_samples(device_type, 4, QUICK) > 5000
 
 
 @pytest.mark.slow
@@ -372,3 +393,283 @@ def test_rules_and_transparency_keep_every_bit(device_type: str) -> None:
 def test_rules_and_transparency_keep_every_bit_of_all_samples(device_type: str) -> None:
     with rules_of(device_type):
         assert check_samples(device_type, 40, ALL) > 50_000
+
+
+# -- spellings -------------------------------------------------------------------------------------------
+
+FUNCTION_NAMES = [
+    (torch.softmax, "softmax"),
+    (F.softmax, "softmax"),
+    (F.softmin, "softmax"),
+    (F.linear, "linear"),
+    (F.conv2d, "conv2d"),
+    (F.gelu, "gelu"),
+    (F.logsigmoid, "log_sigmoid"),
+    (F.cross_entropy, "cross_entropy_loss"),
+    (F.nll_loss, "nll_loss"),
+    (F.embedding, "embedding"),
+    (F.grid_sample, "grid_sampler"),
+    (F.unfold, "im2col"),
+    (F.fold, "col2im"),
+    (F.dropout2d, "feature_dropout"),
+    (F.max_pool2d, "max_pool2d"),
+    (F.scaled_dot_product_attention, "scaled_dot_product_attention"),
+    (F.pad, "constant_pad_nd"),
+    (F.interpolate, None),
+    (F.normalize, None),
+    (F.multi_head_attention_forward, None),
+    (F.gumbel_softmax, None),
+    (F.local_response_norm, None),
+    (F.fractional_max_pool2d, None),
+    (torch.matmul, "matmul"),
+    (torch.einsum, "einsum"),
+    (torch.norm, "linalg_vector_norm"),
+    (torch.split, "split"),
+    (torch.stft, "stft"),
+    (torch.unique, None),
+    (torch.Tensor.add_, "add_"),
+    (torch.Tensor.__rsub__, "rsub"),
+    (torch.Tensor.norm, "linalg_vector_norm"),
+    (torch._VF.dropout, "dropout"),
+    (torch._C._nn.nll_loss_nd, "nll_loss_nd"),
+    (torch.linalg.norm, "linalg_norm"),
+    (torch.fft.fft, "fft_fft"),
+    (torch.special.expit, "special_expit"),
+    (torch.ops.aten.mm, "mm"),
+    (torch.ops.aten.mm.default, "mm"),
+    (torch.ops.aten.mm.dtype, None),
+    (torch.ops.aten.norm.Scalar, None),
+    (torch.ops.aten.add_.Tensor, "add_"),
+    (torch.ops.prims.exp.default, None),
+    (operator.add, "add"),
+    (operator.iadd, "add_"),
+    (operator.imatmul, "matmul"),
+    (operator.truediv, "div"),
+    (operator.invert, "bitwise_not"),
+    (operator.getitem, None),
+    (len, None),
+    (max, None),
+    (lambda x: x, None),
+]
+
+
+@pytest.mark.parametrize(("function", "name"), FUNCTION_NAMES)
+def test_a_function_reaches_an_operator(function: Callable[..., Any], name: str | None) -> None:
+    assert aten_name("call_function", function) == name
+    if name is not None:
+        assert resolve_operator(function) == name
+
+
+METHOD_NAMES = """
+    matmul=matmul __matmul__=matmul __rmatmul__=matmul softmax=softmax float=float bfloat16=bfloat16 to=to cuda=to
+    view=view add_=add_ __radd__=add __iadd__=add_ __and__=bitwise_and __ror__=bitwise_or __neg__=neg __rpow__=pow
+    __rsub__=rsub __rtruediv__=reciprocal norm=linalg_vector_norm split=split stft=stft unflatten=unflatten
+    index_put_=index_put_ masked_fill=masked_fill new_zeros=new_zeros unique= lu= T= no_such_method= new_tensor=
+"""
+
+
+@pytest.mark.parametrize("row", METHOD_NAMES.split())
+def test_a_method_reaches_an_operator(row: str) -> None:
+    method, _, name = row.partition("=")
+    assert aten_name("call_method", method) == (name or None)
+
+
+X = object()
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "kwargs", "name"),
+    [
+        (F.relu, (X, True), {}, "relu_"),
+        (F.dropout, (X,), {"inplace": True}, "dropout_"),
+        (F.max_pool2d, (X, 2), {"return_indices": True}, "max_pool2d_with_indices"),
+        (F.max_pool3d, (X, 2, 2, 0, 1, False, True), {}, "max_pool3d_with_indices"),
+        (F.adaptive_max_pool3d, (X, 2, True), {}, None),
+        (F.pad, (X, [1, 1], "reflect"), {}, "reflection_pad1d"),
+        (F.pad, (X, (1, 1, 1, 1)), {"mode": "replicate"}, "replication_pad2d"),
+        (F.pad, (X, X, "reflect"), {}, "pad"),
+        (F.mse_loss, (X, X), {"weight": X}, None),
+        (F.mse_loss, (X, X), {"weight": None}, "mse_loss"),
+        (operator.truediv, (1.0, X), {}, "reciprocal"),
+        (operator.truediv, (X, 2.0), {}, "div"),
+        (operator.sub, (1.0, X), {}, "rsub"),
+        (torch.norm, (X, "nuc"), {}, None),
+        (torch.mm, (X, X), {"out_dtype": torch.float32}, None),
+    ],
+)
+def test_arguments_choose_the_operator(function: Any, args: Any, kwargs: Any, name: str | None) -> None:
+    assert aten_name("call_function", function, args, kwargs) == name
+
+
+def test_every_row_of_functions_names_a_function_and_an_operator() -> None:
+    for line in FUNCTIONS.strip().splitlines():
+        spelling, name, *rest = line.split()
+        assert operators.is_aten(name), line
+        assert not rest[1:] or operators.is_aten(rest[1]), line
+        assert resolve_operator(spelling) == name
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("aten::exp", "exp"),
+        ("exp", "exp"),
+        ("softmax.int", "softmax"),
+        ("torch.softmax", "softmax"),
+        ("F.cross_entropy", "cross_entropy_loss"),
+        ("torch.nn.functional.cross_entropy", "cross_entropy_loss"),
+        ("torch.ops.aten.exp.default", "exp"),
+        ("Tensor.exp", "exp"),
+        ("operator.add", "add"),
+    ],
+)
+def test_a_key_in_words_names_an_operator(key: str, name: str) -> None:
+    assert resolve_operator(key) == name
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (
+            "torch.sofmax",
+            "unknown operator 'torch.sofmax': not an ATen operator\n\nhint: did you mean 'torch.softmax'?",
+        ),
+        ("aten::expp", "unknown operator 'aten::expp': not an ATen operator\n\nhint: did you mean 'exp'?"),
+        (
+            "F.interpolate",
+            "'F.interpolate' reaches no single ATen operator\n\nhint: name an operator as torch does",
+        ),
+        (torch.nn.Linear, "Linear reaches no single ATen operator\n\nhint: name an operator as torch does"),
+        ("zzzqqq", "unknown operator 'zzzqqq': not an ATen operator\n\nhint: name an operator as torch does"),
+    ],
+)
+def test_an_unknown_key_is_an_error_with_the_nearest(key: Any, message: str) -> None:
+    with pytest.raises(PolicyError) as raised:
+        resolve_operator(key)
+    assert str(raised.value).startswith(message)
+
+
+# -- what comes out --------------------------------------------------------------------------------------
+
+
+def told(kind: Any, tensors: list[torch.Tensor]) -> Any:
+    """The dtype that a kind stands for, or None."""
+    if isinstance(kind, tuple):
+        return tuple(told(item, tensors) for item in kind)
+    floats = {x.dtype for x in tensors if x.is_floating_point()}
+    first, joined = tensors[0].dtype, tensors[0]
+    for x in tensors[1:]:
+        joined = torch.empty((1,) * max(joined.dim(), x.dim()), dtype=torch.result_type(joined, x))
+    return {
+        "first": first,
+        "promote": joined.dtype,
+        "float_promote": joined.dtype if joined.is_floating_point() else torch.float32,
+        "uniform": next(iter(floats)) if len(floats) == 1 else None,
+        "accumulate": first if first.is_floating_point else torch.int64,
+        "bool": torch.bool,
+        "int32": torch.int32,
+        "int64": torch.int64,
+    }.get(kind)
+
+
+def agrees(kind: Any, dtype: Any, out: Any) -> bool:
+    """Whether a result is what the kind promised; a list of tensors has the one kind of its elements."""
+    if isinstance(dtype, tuple):
+        same_length = isinstance(out, tuple) and len(out) == len(dtype)
+        return same_length and all(agrees(kind, one, x) for one, x in zip(dtype, out, strict=True))
+    if isinstance(out, (tuple, list)):
+        return all(agrees(kind, dtype, x) for x in out)
+    return dtype is None or (isinstance(out, torch.Tensor) and out.dtype == dtype)
+
+
+def check_kinds(count: int, dtypes: tuple[torch.dtype, ...], second: torch.dtype | None) -> int:
+    checked, wrong = 0, []
+    for info in op_db():
+        for dtype in dtypes:
+            for args, kwargs in samples(info, count, dtype) if dtype in info.dtypes else ():
+                flat, spec = tree_flatten((args, kwargs))
+                floats = [
+                    i for i, x in enumerate(flat) if isinstance(x, torch.Tensor) and x.is_floating_point()
+                ]
+                for i in floats[1::2] if second is not None else ():
+                    flat[i] = flat[i].to(second)
+                args, kwargs = tree_unflatten(flat, spec)
+                name = aten_name("call_function", info.op, args, kwargs)
+                kind = output_kind(name, info.op, args, kwargs) if name else None
+                tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+                if kind is None or not tensors:
+                    continue
+                try:
+                    out = info.op(*args, **kwargs)
+                except (RuntimeError, TypeError, ValueError, IndexError):
+                    continue
+                checked += 1
+                if not agrees(kind, told(kind, tensors), out):
+                    wrong.append(f"{name}: {kind} of {[x.dtype for x in tensors]}")
+    assert not wrong, "\n".join(wrong)
+    return checked
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_comes_out_is_of_the_promised_kind() -> None:
+    assert check_kinds(2, (torch.float32, LOW), None) > 1000
+    assert check_kinds(4, (torch.float32,), LOW) > 200
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_comes_out_is_of_the_promised_kind_in_all_samples() -> None:
+    assert check_kinds(60, (torch.float32, LOW), None) > 5000
+    assert check_kinds(60, (torch.float32,), LOW) > 1000
+
+
+INTEGERS = """
+    exp float_promote sigmoid float_promote div float_promote mean first argmax int64 eq bool add promote
+    embedding promote cumsum accumulate sum accumulate relu promote abs promote
+"""
+
+
+def test_integers_turn_floating_where_they_should() -> None:
+    x = torch.arange(1, 4)
+    for name, kind in zip(*[iter(INTEGERS.split())] * 2, strict=True):
+        assert output_kind(name) == kind, name
+    for name in "exp sigmoid sqrt log sin tanh sum prod relu abs neg sign eq argmax".split():
+        assert getattr(torch, name)(x).dtype == told(output_kind(name), [x]), name
+    assert torch.div(x, x).dtype == told(output_kind("div"), [x, x])
+    floor = torch.div(x, x, rounding_mode="floor")
+    assert floor.dtype == told(output_kind("div", kwargs={"rounding_mode": "floor"}), [x, x])
+
+
+def test_the_arguments_tell_a_reduction_from_a_pair() -> None:
+    assert output_kind("max") is None
+    assert output_kind("max", torch.max, (X,)) == "first"
+    assert (
+        output_kind("max", torch.max, (X, 1))
+        == output_kind("max", "max", (X,), {"dim": 1})
+        == ("first", "int64")
+    )
+    assert output_kind("max", torch.max, (X, X)) is None
+    assert output_kind("view", "view", (X, torch.int32)) is None
+    assert output_kind("adaptive_max_pool2d") is None
+    assert output_kind("adaptive_max_pool2d", F.adaptive_max_pool2d, (X, 2)) == "first"
+    assert output_kind("embedding_bag", F.embedding_bag, (X, X)) == "promote"
+    assert output_kind("embedding_bag", torch.embedding_bag, (X, X)) is None
+
+
+def test_views_writes_and_pointwise_operators_are_told_by_torch() -> None:
+    for name in "view transpose squeeze select detach add_ relu_ index_put_ reshape contiguous to_".split():
+        assert output_kind(name) == ("first" if name != "to_" else None), name
+    for name in "add mul gelu where maximum clamp rsub".split():
+        assert output_kind(name) == "promote", name
+    for name in "to _to_copy type_as view_as_complex no_such_operator size".split():
+        assert output_kind(name) is None, name
+    assert [name for name in _kinds() if not operators.is_aten(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "call"), [("real", torch.real), ("positive", torch.positive), ("conj", torch.conj)]
+)
+def test_a_kind_that_promises_a_new_tensor_keeps_the_promise(name: str, call: Callable[..., Any]) -> None:
+    x = torch.ones(2)
+    assert call(x) is x or call(x).data_ptr() == x.data_ptr()
+    assert output_kind(name) == "first"

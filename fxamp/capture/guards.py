@@ -8,6 +8,7 @@ branch on a traced value cannot be traced.
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import linecache
 from types import FrameType
@@ -35,17 +36,25 @@ def guard_at(frame: FrameType) -> Guard | None:
     lines = linecache.getlines(frame.f_code.co_filename, frame.f_globals)
     for statement, good in _guards("".join(lines)):
         found = _wanted(statement.test, good, spot)
+        if found is None and _span(statement) == spot:
+            # pytest rewrites asserts, and what it adds has the place of the whole statement.
+            found = good, not isinstance(statement.test, ast.BoolOp)
         if found is not None:
             return Guard(found[0], ast.unparse(statement.test), found[1])
     return None
 
 
 def _position(frame: FrameType) -> tuple[int, int, int, int] | None:
-    positions = list(frame.f_code.co_positions())[frame.f_lasti // 2]
-    line, end_line, column, end_column = positions
-    if line is None or end_line is None or column is None or end_column is None:
+    """Where the tested value's own expression stands: the instruction before the one that tests it."""
+    before = None
+    for instruction in dis.get_instructions(frame.f_code):
+        if instruction.offset >= frame.f_lasti:
+            break
+        before = instruction
+    found = before.positions if before is not None else None
+    if found is None or None in found:
         return None
-    return line, column, end_line, end_column
+    return found.lineno, found.col_offset, found.end_lineno, found.end_col_offset  # type: ignore[return-value]
 
 
 @functools.lru_cache(maxsize=32)
@@ -65,16 +74,13 @@ def _guards(source: str) -> tuple[tuple[ast.If | ast.Assert, bool], ...]:
 
 def _wanted(test: ast.expr, good: bool, spot: tuple[int, int, int, int]) -> tuple[bool, bool] | None:
     """The value for the part of ``test`` at ``spot`` and whether it is the whole test, or None."""
-    if _span(test) == spot:
-        # ``not x`` asks for the truth of x at the place of the whole expression.
-        return (not good if isinstance(test, ast.UnaryOp) else good), True
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         return _wanted(test.operand, not good, spot)
     if isinstance(test, ast.BoolOp):
         parts = (_wanted(value, good, spot) for value in test.values)
         return next(((part[0], False) for part in parts if part is not None), None)
-    return None
+    return (good, True) if _span(test) == spot else None
 
 
-def _span(node: ast.expr) -> tuple[int, int, int | None, int | None]:
+def _span(node: ast.expr | ast.stmt) -> tuple[int, int, int | None, int | None]:
     return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset

@@ -104,6 +104,7 @@ class AmpTracer(fx.Tracer):
             with ExitStack() as stack:
                 stack.enter_context(self._regions.recording())
                 stack.enter_context(self._watching_modules())
+                stack.enter_context(_factories_take_proxies(self))
                 stack.enter_context(_RecordFactories(self))
                 forwards = (type(module).forward for module in self.root.modules())
                 stack.enter_context(shadowed_builtins(*forwards, *self._sources))
@@ -279,6 +280,23 @@ class AmpTracer(fx.Tracer):
             raise TraceError(f"sets self.{name}, which a graph cannot carry to the next call")
         self._written.append((module, name, existed, before))
         module.__dict__[name] = value
+
+
+@contextmanager
+def _factories_take_proxies(tracer: AmpTracer) -> Iterator[None]:
+    """Lets sizes be traced values: ``torch.rand(x.shape[0], 1)`` would not get past its argument parser."""
+
+    def taking_proxies(factory: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+                return tracer.create_proxy("call_function", factory, args, kwargs)
+            return factory(*args, **kwargs)
+
+        return call
+
+    named = {f.__name__: f for f in _device._device_constructors() if getattr(torch, f.__name__, None) is f}
+    with mock.patch.multiple(torch, **{name: taking_proxies(f) for name, f in named.items()}):
+        yield
 
 
 class _RecordFactories(TorchFunctionMode):

@@ -45,6 +45,7 @@ class AmpModule(fx.GraphModule):
         self._adopt(conversion.program.tree)
         self._show_own_names()
         self._activate()
+        conversion.scaler._bind(self)
 
     def _adopt(self, tree: nn.Module) -> None:
         """Becomes the root of the module tree: its tensors, submodules, hooks and mode."""
@@ -174,6 +175,7 @@ class AmpModule(fx.GraphModule):
         super()._apply(fn, recurse)
         if self._conversion.follow_device():
             self._activate()
+            self._conversion.scaler._bind(self)
         return self
 
     @property
