@@ -3,16 +3,14 @@
 import torch
 from tabulate import tabulate
 from torch import nn
-from torch.nn import functional as F
 
 import fxamp
 
 
 def main() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
-    x, y = torch.randn(4, 1, 8, 8), torch.randint(10, (4,))
-    amp = fxamp.convert(model, loss=F.cross_entropy, example_inputs=(x, y), dtype=torch.bfloat16)
+    model = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+    amp = fxamp.convert(model, example_inputs=(torch.randn(4, 16),), dtype=torch.bfloat16)
 
     # The plan is a value: one decision a node, each with the casts it asks for.
     print(f"plan for {amp.plan.policy}, mode {amp.plan.mode}\n")
@@ -23,11 +21,11 @@ def main() -> None:
     ]
     print(tabulate(casts, ("call", "input", "becomes", "kind")))
 
-    # One decision by the name of its node.
+    # One decision, by the name of its node.
     linear = amp.plan["linear"]
-    print(f"\n{linear.name}: {linear.op} in '{linear.module}' has rule {linear.rule} ({linear.reason})\n")
+    print(f"\n{linear.op} in module '{linear.module}' has the rule {linear.rule}: {linear.reason}\n")
 
-    # The report is the plan as a table, for a terminal or for a page.
+    # The report is the plan as a table, in any format of the tabulate package.
     report = amp.report()
     print(report.table(tablefmt="github", columns=("name", "op", "rule", "output", "casts")))
 
@@ -36,7 +34,7 @@ def main() -> None:
     low = [node["name"] for node in data["nodes"] if node["output"] == "bf16"]
     print(f"\n{data['totals']['casts']} casts; in bfloat16: {', '.join(low)}\n")
 
-    # And the result is a torch.fx.GraphModule like any other.
+    # The casts themselves are nodes of a torch.fx graph like any other.
     amp.graph.print_tabular()
 
 

@@ -14,12 +14,13 @@ class Attention(nn.Module):
 
     def __init__(self, width: int = 32, classes: int = 10) -> None:
         super().__init__()
+        self.scale = width**-0.5
         self.qkv = nn.Linear(width, 3 * width)
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        weights = torch.softmax(q @ k.mT / x.shape[-1] ** 0.5, dim=-1)
+        weights = torch.softmax(q @ k.mT * self.scale, dim=-1)
         return self.head((weights @ v).mean(dim=1))
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     rows = []
     pairs = zip(amp.report().to_dict()["nodes"], changed.report().to_dict()["nodes"], strict=True)
     for old, new in pairs:
-        if old != new:
+        if any(old[column] != new[column] for column in COLUMNS):
             rows.append(["before", old["name"], *(old[column] for column in COLUMNS)])
             rows.append(["after", new["name"], *(new[column] for column in COLUMNS)])
 

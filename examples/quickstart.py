@@ -11,13 +11,14 @@ class Attention(nn.Module):
 
     def __init__(self, width: int = 32, classes: int = 10) -> None:
         super().__init__()
+        self.scale = width**-0.5
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
-        weights = torch.softmax(q @ k.mT / x.shape[-1] ** 0.5, dim=-1)
+        weights = torch.softmax(q @ k.mT * self.scale, dim=-1)
         return self.head((x + weights @ v).mean(dim=1))
 
 

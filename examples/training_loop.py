@@ -22,7 +22,7 @@ def digits() -> list[Tensor]:
 def main() -> None:
     torch.manual_seed(0)
     images, test_images, labels, test_labels = digits()
-    model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.LayerNorm(128), nn.Dropout(0.2), nn.Linear(128, 10))
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Dropout(0.1), nn.Linear(64, 10))
 
     amp = fxamp.convert(model, loss=F.cross_entropy, dtype=torch.float16)
     amp.scaler.set_growth_interval(40)  # the default is 2000 steps, more than this run has

@@ -1,9 +1,10 @@
-"""The operator tables against the running torch: what it registers, what its autocast does, and what comes out."""
+"""The operator tables against the running torch: its registrations, its autocast, and what comes out."""
 
 from __future__ import annotations
 
 import operator
 import re
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -196,10 +197,11 @@ def test_an_unknown_device_type_is_an_error_with_the_nearest() -> None:
 # -- transparent -----------------------------------------------------------------------------------------
 
 SAME_ON_BOTH = """
-    reshape flatten chunk split dropout contiguous to type_as expand_as view_as batch_norm instance_norm max_pool1d
-    max_pool2d adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d selu silu gelu relu hardshrink where std
-    var mean embedding embedding_bag unflatten narrow index_select movedim tile repeat_interleave one_hot add add_
-    take_along_dim constant_pad_nd masked_fill view permute transpose unsqueeze clone rsub relu_ exp_ pixel_shuffle
+    reshape flatten chunk split dropout contiguous to type_as expand_as view_as batch_norm instance_norm
+    max_pool1d max_pool2d adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d selu silu gelu
+    relu hardshrink where std var mean embedding embedding_bag unflatten narrow index_select movedim tile
+    repeat_interleave one_hot add add_ take_along_dim constant_pad_nd masked_fill view permute transpose
+    unsqueeze clone rsub relu_ exp_ pixel_shuffle
 """
 
 
@@ -228,13 +230,16 @@ def test_the_rows_of_composites_name_operators() -> None:
             if NEWEST:
                 assert name in operators.aten_packets(), name
                 assert (cell == "listed") == (name in listed), name
+        if NEWEST:
+            assert composites.UNDER_AUTOCAST[device_type] <= operators.aten_packets() - listed
 
 
 # -- samples: the same bits with autocast on, and with the rule applied by hand ------------------------------
 
-# Without deterministic results, or not run on the CPU of every machine.
+# Their results hold memory that was never written.
 SKIPPED = frozenset(
-    "empty empty_like new_empty empty_permuted empty_strided new_empty_strided resize_ resize_as_ linalg.lstsq".split()
+    """empty empty_like new_empty empty_permuted empty_strided new_empty_strided resize_ resize_as_
+    linalg.lstsq""".split()
 )
 QUICK = ((torch.float32,), (LOW, torch.float32))
 ALL = ((torch.float32,), (LOW,), (torch.float32, LOW), (LOW, torch.float32))
@@ -365,7 +370,7 @@ def check_samples(device_type: str, count: int, dtype_mixes: tuple[tuple[torch.d
                 for dtypes in dtype_mixes:
                     expected = values_and_gradients(_under(function), (args, kwargs), dtypes)
                     found = values_and_gradients(by_hand(rules.get(aten), function), (args, kwargs), dtypes)
-                    checked += 1
+                    checked += expected != ["raises"]
                     if not same_bits(expected, found):
                         wrong.append(f"{info.name} as {opcode} {aten}: {rules.get(aten)} {dtypes}")
     assert not wrong, "\n".join(wrong)
@@ -384,7 +389,7 @@ def _under(function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("device_type", DEVICES)
 def test_rules_and_transparency_keep_every_bit(device_type: str) -> None:
     with rules_of(device_type):
-        assert check_samples(device_type, 4, QUICK) > 5000
+        assert check_samples(device_type, 4, QUICK) > 4000
 
 
 @pytest.mark.slow
@@ -392,7 +397,7 @@ def test_rules_and_transparency_keep_every_bit(device_type: str) -> None:
 @pytest.mark.parametrize("device_type", DEVICES)
 def test_rules_and_transparency_keep_every_bit_of_all_samples(device_type: str) -> None:
     with rules_of(device_type):
-        assert check_samples(device_type, 40, ALL) > 50_000
+        assert check_samples(device_type, 40, ALL) > 25_000
 
 
 # -- spellings -------------------------------------------------------------------------------------------
@@ -461,10 +466,11 @@ def test_a_function_reaches_an_operator(function: Callable[..., Any], name: str 
 
 
 METHOD_NAMES = """
-    matmul=matmul __matmul__=matmul __rmatmul__=matmul softmax=softmax float=float bfloat16=bfloat16 to=to cuda=to
-    view=view add_=add_ __radd__=add __iadd__=add_ __and__=bitwise_and __ror__=bitwise_or __neg__=neg __rpow__=pow
-    __rsub__=rsub __rtruediv__=reciprocal norm=linalg_vector_norm split=split stft=stft unflatten=unflatten
-    index_put_=index_put_ masked_fill=masked_fill new_zeros=new_zeros unique= lu= T= no_such_method= new_tensor=
+    matmul=matmul __matmul__=matmul __rmatmul__=matmul softmax=softmax float=float bfloat16=bfloat16 to=to
+    cuda=to view=view add_=add_ __radd__=add __iadd__=add_ __and__=bitwise_and __ror__=bitwise_or
+    __neg__=neg __rpow__=pow __rsub__=rsub __rtruediv__=reciprocal norm=linalg_vector_norm split=split
+    stft=stft unflatten=unflatten index_put_=index_put_ masked_fill=masked_fill new_zeros=new_zeros
+    unique= lu= T= no_such_method= new_tensor=
 """
 
 
@@ -499,6 +505,35 @@ X = object()
 )
 def test_arguments_choose_the_operator(function: Any, args: Any, kwargs: Any, name: str | None) -> None:
     assert aten_name("call_function", function, args, kwargs) == name
+
+
+# Written in Python: they reach several operators that autocast treats differently, or draw random numbers.
+WITHOUT_AN_OPERATOR = """
+F.assert_int_or_pair F.boolean_dispatch F.handle_torch_function F.adaptive_max_pool1d_with_indices
+F.adaptive_max_pool2d_with_indices F.adaptive_max_pool3d_with_indices F.fractional_max_pool2d
+F.fractional_max_pool2d_with_indices F.fractional_max_pool3d F.fractional_max_pool3d_with_indices
+F.gaussian_nll_loss F.grouped_mm F.gumbel_softmax F.interpolate F.linear_cross_entropy F.local_response_norm
+F.lp_pool1d F.lp_pool2d F.lp_pool3d F.multi_head_attention_forward F.multilabel_soft_margin_loss F.normalize
+F.scaled_grouped_mm F.scaled_mm F.triplet_margin_with_distance_loss F.upsample F.upsample_bilinear
+F.upsample_nearest torch.broadcast_shapes torch.lu torch.pca_lowrank torch.svd_lowrank torch.unique
+torch.unique_consecutive torch.unravel_index
+""".split()
+
+
+def test_every_python_function_of_torch_is_decided() -> None:
+    if not NEWEST:
+        pytest.skip("the list is of the newest version")
+    public = {
+        f"{prefix}.{name}"
+        for prefix, module in (("F", F), ("torch", torch.functional))
+        for name in (dir(F) if module is F else module.__all__)
+        if isinstance(getattr(module, name), types.FunctionType) and not name.startswith("_")
+    }
+    rows = {line.split()[0] for line in FUNCTIONS.strip().splitlines()}
+    assert public - rows - {"F.pad", "torch.norm"} == set(WITHOUT_AN_OPERATOR)
+    for name in WITHOUT_AN_OPERATOR:
+        with pytest.raises(PolicyError, match="reaches no single ATen operator"):
+            resolve_operator(name)
 
 
 def test_every_row_of_functions_names_a_function_and_an_operator() -> None:
@@ -597,7 +632,7 @@ def check_kinds(count: int, dtypes: tuple[torch.dtype, ...], second: torch.dtype
                 name = aten_name("call_function", info.op, args, kwargs)
                 kind = output_kind(name, info.op, args, kwargs) if name else None
                 tensors = [x for x in flat if isinstance(x, torch.Tensor)]
-                if kind is None or not tensors:
+                if kind is None or not tensors or not all(x.numel() for x in tensors):
                     continue
                 try:
                     out = info.op(*args, **kwargs)
@@ -633,7 +668,7 @@ def test_integers_turn_floating_where_they_should() -> None:
     x = torch.arange(1, 4)
     for name, kind in zip(*[iter(INTEGERS.split())] * 2, strict=True):
         assert output_kind(name) == kind, name
-    for name in "exp sigmoid sqrt log sin tanh sum prod relu abs neg sign eq argmax".split():
+    for name in "exp sigmoid sqrt log sin tanh sum prod relu abs neg sign argmax isnan".split():
         assert getattr(torch, name)(x).dtype == told(output_kind(name), [x]), name
     assert torch.div(x, x).dtype == told(output_kind("div"), [x, x])
     floor = torch.div(x, x, rounding_mode="floor")

@@ -1,9 +1,9 @@
 """Graph and policy to a ``PrecisionPlan``; nothing here changes a graph."""
 
-from fxamp.plan.calls import Call, read_call
+from fxamp.plan.calls import Call, argument_nodes, nodes_in, read_call
 from fxamp.plan.decision import Cast, Decision, PrecisionPlan
 from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, Tensors, Value, of_object, tensors_in
-from fxamp.plan.planner import Observer, argument_nodes, make_plan
+from fxamp.plan.planner import Observer, make_plan
 
 __all__ = [
     "NOT_A_TENSOR",
@@ -18,6 +18,7 @@ __all__ = [
     "Value",
     "argument_nodes",
     "make_plan",
+    "nodes_in",
     "of_object",
     "read_call",
     "tensors_in",

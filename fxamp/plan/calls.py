@@ -20,7 +20,7 @@ from torch.fx.node import _get_qualified_name
 from fxamp.capture.calls import assign, enter_inference_mode, exit_inference_mode
 from fxamp.policy.spellings import aten_name
 
-__all__ = ["MODE_CALLS", "Call", "read_call"]
+__all__ = ["MODE_CALLS", "Call", "argument_nodes", "nodes_in", "read_call"]
 
 # Leaf modules that run one operator, which autocast leaves alone.
 _LEAF_OPERATORS: Final = (
@@ -77,6 +77,23 @@ class Call:
     steering: bool = False
     inplace: bool = False
     writes: tuple[Any, ...] = ()
+
+
+def nodes_in(argument: Any) -> list[fx.Node]:
+    """Every node in a nested argument in order, one entry a use."""
+    found: list[fx.Node] = []
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.map_arg(argument, note)
+    return found
+
+
+def argument_nodes(node: fx.Node) -> list[fx.Node]:
+    """Every node argument of a call in order, one entry a use; a *slot* is a place in this list."""
+    return nodes_in((node.args, node.kwargs))
 
 
 def read_call(node: fx.Node, module_of: Callable[[str], Any]) -> Call:

@@ -28,7 +28,7 @@ class Cast:
         dtype: what it becomes.
         soft: the value's dtype is not known: it is cast when autocast would cast it, else passed on.
         share: casts with the same non-empty key are one cast.
-        leaf_only: share only when the value is a leaf of autograd, as autocast's cache does.
+        leaf_only: share only when at run time it is the same leaf of autograd, as autocast's cache does.
         weight: the value is a parameter.
     """
 

@@ -40,7 +40,7 @@ class FakeObserver:
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         self._values: dict[fx.Node, Any] = {}
         for node, example in zip(placeholders, examples, strict=True):
-            self._values[node] = pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, example)
+            self._values[node] = self._fake(example)
 
     def flow(self, node: fx.Node, decision: Decision) -> Flow | None:
         """The flow of the node's value, or None when it could not be told."""
@@ -49,12 +49,21 @@ class FakeObserver:
         if node.op not in ("placeholder", "get_attr"):
             self._values[node] = self._run(node, decision)
         elif node.op == "get_attr":
-            self._values[node] = self._attribute(str(node.target))
+            self._values[node] = self._fake(self._attribute(str(node.target)))
         value = self._values[node]
         if value is _MISSING or isinstance(value, torch.nn.Module):
             return None
         flow = of_object(value)
         return None if flow == UNKNOWN or (flow == NOT_A_TENSOR and isinstance(value, dict)) else flow
+
+    def _fake(self, value: Any) -> Any:
+        return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
+
+    def _call_module(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        # Its tensors are swapped for fakes, so that a buffer it updates is not the user's.
+        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        fakes = {name: self._mode.from_tensor(tensor) for name, tensor in state.items()}
+        return torch.func.functional_call(module, fakes, args, kwargs)
 
     def _run(self, node: fx.Node, decision: Decision) -> Any:
         if node.target in MODE_CALLS:
@@ -73,16 +82,16 @@ class FakeObserver:
         try:
             args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, argument)
             with self._mode, torch.no_grad(), _autocast(decision):
-                return _call(node, decision, args, kwargs, self._attribute)
+                if node.op == "call_module":
+                    return self._call_module(self._attribute(str(node.target)), args, kwargs)
+                return _call(node, decision, args, kwargs)
         except Exception:
             return _MISSING  # data-dependent, or not fakeable: the rules tell what they can
 
 
-def _call(node: fx.Node, decision: Decision, args: Any, kwargs: Any, attribute: Callable[[str], Any]) -> Any:
+def _call(node: fx.Node, decision: Decision, args: Any, kwargs: Any) -> Any:
     if decision.how in ("dtype", "dtype if castable"):
         kwargs = {**kwargs, "dtype": torch.float32}
-    if node.op == "call_module":
-        return attribute(str(node.target))(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)

@@ -19,7 +19,7 @@ from fxamp.capture import AutocastState, state_of
 from fxamp.dtypes import is_castable
 from fxamp.errors import PlanError
 from fxamp.plan.aliasing import Writes
-from fxamp.plan.calls import Call, read_call
+from fxamp.plan.calls import Call, argument_nodes, read_call
 from fxamp.plan.decision import Cast, Decision, PrecisionPlan
 from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, Value, of_object, promoted, tensors_in
 from fxamp.plan.results import USER_CASTS, result_of
@@ -27,10 +27,14 @@ from fxamp.policy import Policy, Ruling
 from fxamp.policy.flow import output_kind
 from fxamp.policy.operators import transparent
 
-__all__ = ["Observer", "argument_nodes", "make_plan"]
+__all__ = ["Observer", "make_plan"]
 
 _OVERRIDE_EXEMPT = frozenset({"getitem", "alias", *USER_CASTS})
-_MAY_RETURN_ITSELF = frozenset({"", "positive", "conj", "resolve_conj", "resolve_neg", "dropout"})
+# ``x.float()`` of a float32 tensor is x itself, and so has its place in autocast's cache.
+_MAY_RETURN_ITSELF = frozenset(
+    {"positive", "resolve_conj", "resolve_neg", "contiguous", "dropout", "alpha_dropout", "feature_dropout",
+     "requires_grad", *USER_CASTS}
+)
 
 
 class Observer(Protocol):
@@ -38,13 +42,6 @@ class Observer(Protocol):
 
     def flow(self, node: fx.Node, decision: Decision) -> Flow | None:
         """The flow of the node's value, or None when it could not be told."""
-
-
-def argument_nodes(node: fx.Node) -> list[fx.Node]:
-    """Every node argument of a call in order, one entry a use."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
-    return found
 
 
 def make_plan(
@@ -91,6 +88,7 @@ class _Planner:
         self._ambient = AutocastState(policy.dtype, enabled=policy.name != "full")
         self._flows: dict[fx.Node, Flow] = {}
         self._writes = Writes()
+        self._origins: dict[fx.Node, fx.Node] = {}  # the value that a call may hand on as it is
         self._weights: dict[str, int] = {}
         self._ambient_weights: set[int] = set()
 
@@ -227,17 +225,21 @@ class _Planner:
 
     def _shared(self, cast: Cast, source: fx.Node, user: fx.Node) -> Cast:
         """The cast with the key under which it is shared, if autocast's cache (or "fast") would share it."""
-        value = self._attribute(str(source.target)) if source.op == "get_attr" else None
+        origin = self._origins.get(source, source)
+        value = self._attribute(str(origin.target)) if origin.op == "get_attr" else None
         weight = isinstance(value, nn.Parameter)
+        self._weights[source.name] = id(value)
         state = state_of(user.meta["regions"], self._device_type, self._ambient)
+        fast = self._policy.name == "fast"
         cached = cast.dtype == state.dtype and state.cache_enabled
         cacheable = isinstance(value, torch.Tensor) and (
             (weight and value.dtype == torch.float32) or not value.requires_grad
         )
-        if not (self._policy.name == "fast" or (cached and (cacheable or source.op == "placeholder"))):
+        if not (fast or (cached and (cacheable or origin.op == "placeholder"))):
             return replace(cast, weight=weight)
-        key = f"{source.name}:{cast.dtype}:{self._writes.version(source)}:{state.epoch}"
-        leaf_only = source.op == "placeholder" and self._policy.name != "fast"
+        shared = source if fast else origin
+        key = f"{shared.name}:{cast.dtype}:{self._writes.version(shared)}:{state.epoch}"
+        leaf_only = not fast and (origin.op == "placeholder" or origin is not source)
         return replace(cast, share=key, leaf_only=leaf_only, weight=weight)
 
     def _after(self, inputs: tuple[Flow, ...], casts: tuple[Cast, ...]) -> tuple[Value, ...]:
@@ -258,7 +260,10 @@ class _Planner:
     # -- memory ------------------------------------------------------------------------------------
 
     def _note_writes(self, node: fx.Node, call: Call, decision: Decision) -> None:
-        kind = output_kind(call.aten, node.target, node.args, node.kwargs) if call.aten not in _MAY_RETURN_ITSELF else None
+        kind = output_kind(call.aten, node.target, node.args, node.kwargs) if call.aten and call.aten not in _MAY_RETURN_ITSELF else None
+        if call.aten in _MAY_RETURN_ITSELF and node.all_input_nodes:
+            first = node.all_input_nodes[0]
+            self._origins[node] = self._origins.get(first, first)
         fresh = decision.reason == "op table" or kind in ("promote", "float_promote", "bool", "int64")
         self._writes.define(node, fresh=fresh and not call.inplace)
         for target in call.writes:

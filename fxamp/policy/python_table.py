@@ -59,6 +59,7 @@ F.max_pool1d_with_indices           max_pool1d_with_indices
 F.max_pool2d                        max_pool2d              return_indices    max_pool2d_with_indices
 F.max_pool2d_with_indices           max_pool2d_with_indices
 F.max_pool3d                        max_pool3d              return_indices    max_pool3d_with_indices
+F.max_pool3d_with_indices           max_pool3d_with_indices
 F.max_unpool1d                      max_unpool2d
 F.max_unpool2d                      max_unpool2d
 F.max_unpool3d                      max_unpool3d

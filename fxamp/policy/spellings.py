@@ -13,7 +13,7 @@ import functools
 import inspect
 import operator
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from numbers import Number
 from typing import Any, Final
 
@@ -93,7 +93,7 @@ def _function_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         return _overload_name(target)
     if isinstance(target, torch._ops.OpOverloadPacket):
         return _known(target._qualified_op_name.removeprefix("aten::"))
-    if target in _by_function():
+    if isinstance(target, Hashable) and target in _by_function():
         return _row_name(target, args, kwargs)
     if target is F.pad or target is torch._C._nn.pad:
         return _pad_name(target, args, kwargs)

@@ -6,14 +6,16 @@ carried out as written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxamp.dtypes import abbreviate
-from fxamp.plan import Cast, Decision, PrecisionPlan
+from fxamp.plan import Cast, Decision, PrecisionPlan, argument_nodes, nodes_in
+from fxamp.policy.order import casts_last_argument_first
 from fxamp.runtime.casts import AmbientCall, DtypeCall, PromoteCall, cast_weight, leaf_cast, soft_cast
 
 __all__ = ["insert_casts"]
@@ -46,12 +48,12 @@ class _Inserter:
     def copy(self, node: fx.Node, new: dict[fx.Node, fx.Node]) -> fx.Node:
         decision = self._decisions[node.name]
         casts = {cast.slot: cast for cast in decision.casts}
-        slot = -1
+        sources = argument_nodes(node)
+        low = {slot: self._cast(new[sources[slot]], casts[slot], decision) for slot in _cast_order(node, casts)}
+        slots = itertools.count()
 
         def argument(source: fx.Node) -> fx.Node:
-            nonlocal slot
-            slot += 1
-            return self._cast(new[source], casts[slot], decision) if slot in casts else new[source]
+            return low.get(next(slots), new[source])
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), argument)
         op, target, args, kwargs = _called(node, decision, args, kwargs, self._device_type, self._module)
@@ -71,10 +73,9 @@ class _Inserter:
             return first
         name = f"{value.name}_{abbreviate(cast.dtype)}"
         if first is not None:
-            node = self._graph.create_node(
-                "call_function", leaf_cast, (value, cast.dtype, first), {}, name
-            )
-        elif cast.weight and cast.share:
+            arguments = (value, cast.dtype, first, first.args[0])
+            node = self._graph.create_node("call_function", leaf_cast, arguments, {}, name)
+        elif cast.weight and cast.share and value.op == "get_attr":
             node = self._graph.create_node("call_function", cast_weight, (value, cast.dtype), {}, name)
         elif cast.soft:
             node = self._graph.create_node("call_function", soft_cast, (value, cast.dtype), {}, name)
@@ -84,6 +85,14 @@ class _Inserter:
         if cast.share:
             self._shared.setdefault(cast.share, node)
         return node
+
+
+def _cast_order(node: fx.Node, casts: Mapping[int, Cast]) -> Iterator[int]:
+    """The slots to cast in autocast's order: arguments as the torch build evaluates them, lists from the front."""
+    slots = itertools.count()
+    arguments = [[next(slots) for _ in nodes_in(a)] for a in (*node.args, *node.kwargs.values())]
+    for argument in reversed(arguments) if casts_last_argument_first() else arguments:
+        yield from (slot for slot in argument if slot in casts)
 
 
 def _called(

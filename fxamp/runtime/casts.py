@@ -42,13 +42,13 @@ def soft_cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def leaf_cast(value: Any, dtype: torch.dtype, first: Any) -> Any:
-    """A later cast of a value whose ``first`` cast is at hand.
+def leaf_cast(value: Any, dtype: torch.dtype, first: Any, source: Any) -> Any:
+    """A later cast of a value that may be ``source``, whose ``first`` cast is at hand.
 
     autocast's cache gives back the first one for a leaf of autograd, and casts anything else again; for a
     tensor without gradient the two are the same.
     """
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor) or value is not source:
         return soft_cast(value, dtype)
     again = value.requires_grad and not (value.is_leaf and not value._is_view() and value.dtype == torch.float32)
     return soft_cast(value, dtype) if again else first
