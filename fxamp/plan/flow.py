@@ -90,10 +90,18 @@ def outcome(kind: Any, inputs: tuple[Value, ...]) -> Flow:
         return Value(inputs[0].dtype, None) if inputs else UNKNOWN
     if kind == "accumulate":
         return Value(_accumulated(inputs[0].dtype), None) if inputs else UNKNOWN
+    if kind == "uniform":
+        return Value(_uniform(inputs), None)
     if kind in ("promote", "float_promote"):
         return _promote(inputs, floating=kind == "float_promote")
     fixed = {"bool": torch.bool, "int32": torch.int32, "int64": torch.int64}.get(kind)
     return Value(fixed)
+
+
+def _uniform(inputs: tuple[Value, ...]) -> torch.dtype | None:
+    """The dtype that all floating inputs share."""
+    dtypes = {value.dtype for value in inputs if value.dtype is None or value.dtype.is_floating_point}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _accumulated(dtype: torch.dtype | None) -> torch.dtype | None:

@@ -68,7 +68,7 @@ def make_plan(
     """
     planner = _Planner(attribute, policy, rulings, observer)
     decisions = [planner.decide(node) for node in graph.nodes]
-    return PrecisionPlan(policy, mode, tuple(map(planner.share_with_opaque, decisions)))
+    return PrecisionPlan(policy, mode, tuple(planner.share_with_opaque(decisions)))
 
 
 class _Planner:
@@ -89,8 +89,9 @@ class _Planner:
         self._flows: dict[fx.Node, Flow] = {}
         self._writes = Writes()
         self._origins: dict[fx.Node, fx.Node] = {}  # the value that a call may hand on as it is
-        self._weights: dict[str, int] = {}
-        self._ambient_weights: set[int] = set()
+        # What autocast's cache may hold: leaves of autograd, by the name of the node that hands them on.
+        self._leaves: dict[str, object] = {}
+        self._ambient_leaves: set[object] = set()
 
     def decide(self, node: fx.Node) -> Decision:
         blank = Decision(node.name, node.op, module=node.meta["module"], source=node.meta["source"])
@@ -112,7 +113,6 @@ class _Planner:
             return replace(blank, output=UNKNOWN, reason="model input")
         if node.op == "get_attr":
             value = self._attribute(str(node.target))
-            self._weights[node.name] = id(value)
             return replace(blank, output=NOT_A_TENSOR if isinstance(value, nn.Module) else of_object(value))
         return replace(blank, inputs=tuple(self._flows[n] for n in argument_nodes(node)))
 
@@ -164,7 +164,7 @@ class _Planner:
         enabled = rule not in ("fp32", "follow") and (state.enabled or rule != "opaque")
         casts = self._casts(node, torch.float32, blank.inputs, share=False) if rule == "fp32" else ()
         if enabled:
-            self._note_weights(node)
+            self._note_leaves(node, blank.inputs)
         how = "ambient" if enabled else "call"
         return replace(blank, how=how, casts=casts, state=replace(state, enabled=enabled), output=UNKNOWN)
 
@@ -228,7 +228,7 @@ class _Planner:
         origin = self._origins.get(source, source)
         value = self._attribute(str(origin.target)) if origin.op == "get_attr" else None
         weight = isinstance(value, nn.Parameter)
-        self._weights[source.name] = id(value)
+        self._leaves[source.name] = self._leaf(source)
         state = state_of(user.meta["regions"], self._device_type, self._ambient)
         fast = self._policy.name == "fast"
         cached = cast.dtype == state.dtype and state.cache_enabled
@@ -264,7 +264,7 @@ class _Planner:
         if call.aten in _MAY_RETURN_ITSELF and node.all_input_nodes:
             first = node.all_input_nodes[0]
             self._origins[node] = self._origins.get(first, first)
-        fresh = decision.reason == "op table" or kind in ("promote", "float_promote", "bool", "int64")
+        fresh = decision.reason == "op table" or kind not in (None, "first")
         self._writes.define(node, fresh=fresh and not call.inplace)
         for target in call.writes:
             self._writes.write(target)
@@ -273,21 +273,36 @@ class _Planner:
                 if source.op != "get_attr":
                     self._writes.write(source)
 
-    def _note_weights(self, node: fx.Node) -> None:
-        values = [self._attribute(str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
-        if node.op == "call_module":
-            values.append(self._attribute(str(node.target)))
-        for value in values:
-            inside = value.parameters() if isinstance(value, nn.Module) else [value]
-            self._ambient_weights.update(map(id, inside))
+    def _leaf(self, node: fx.Node) -> object:
+        """What stands for the leaf of autograd that a value may be: a parameter's identity, an input's name."""
+        origin = self._origins.get(node, node)
+        return id(self._attribute(str(origin.target))) if origin.op == "get_attr" else origin.name
 
-    def share_with_opaque(self, decision: Decision) -> Decision:
-        """Leaves to autocast's own cache a weight that an opaque call uses too, so that it is cast once."""
-        weights = (self._weights[cast.value] for cast in decision.casts if cast.weight)
-        if decision.how != "call" or self._ambient_weights.isdisjoint(weights):
-            return decision
-        reason = f"{decision.reason}, weight shared with an opaque call"
-        return replace(decision, how="ambient", casts=(), reason=reason)
+    def _note_leaves(self, node: fx.Node, inputs: tuple[Flow, ...]) -> None:
+        """Remembers the leaves that a call left to autocast may cast."""
+        for source, flow in zip(argument_nodes(node), inputs, strict=True):
+            if any(value.dtype is None or is_castable(value.dtype) for value in tensors_in(flow)):
+                self._ambient_leaves.add(self._leaf(source))
+            value = self._attribute(str(source.target)) if source.op == "get_attr" else None
+            if isinstance(value, nn.Module):
+                self._ambient_leaves.update(map(id, value.parameters()))
+        if node.op == "call_module":
+            self._ambient_leaves.update(map(id, self._attribute(str(node.target)).parameters()))
+
+    def share_with_opaque(self, decisions: list[Decision]) -> list[Decision]:
+        """Leaves to autocast's own cache whatever an opaque call uses too, so that it is cast once."""
+        found = dict(enumerate(decisions))
+        while True:
+            moved = [i for i, d in found.items() if d.how == "call" and self._ambient_leaves & self._shared_leaves(d)]
+            if not moved:
+                return list(found.values())
+            for i in moved:
+                self._ambient_leaves |= self._shared_leaves(found[i])
+                reason = f"{found[i].reason}, shared with an opaque call"
+                found[i] = replace(found[i], how="ambient", casts=(), reason=reason)
+
+    def _shared_leaves(self, decision: Decision) -> set[object]:
+        return {self._leaves[cast.value] for cast in decision.casts if cast.share}
 
 
 def _casts_to(dtype: torch.dtype, target: torch.dtype) -> bool:

@@ -22,6 +22,9 @@ __all__ = ["AmbientCall", "DtypeCall", "HELD", "PromoteCall", "cast_weight", "ex
 HELD: list[dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]]] = []
 
 
+_epoch = [-1]  # of the opaque call that ran last
+
+
 def _castable(value: torch.Tensor) -> bool:
     return value.is_floating_point() and value.dtype != torch.float64
 
@@ -98,6 +101,10 @@ class AmbientCall(_Packed):
         return f"autocast_{_call_name(self.call)}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _epoch[0] != self.state.epoch:
+            # Another outermost region of the user's: autocast would have emptied its cache in between.
+            torch.clear_autocast_cache()
+            _epoch[0] = self.state.epoch
         with self._autocast():
             return _apply(self.call, args, kwargs)
 
