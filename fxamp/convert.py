@@ -71,7 +71,7 @@ def _build(
     program: Program, traced: Traced, policy: Policy, mode: str, examples: list[Any] | None
 ) -> tuple[PrecisionPlan, fx.Graph]:
     """Plan, rewrite, verify."""
-    rulings = policy.module_rulings(path for path, _ in program.tree.named_modules())
+    rulings = policy.module_rulings(path for path, _ in program.whole.named_modules())
     observer = FakeObserver(program.attribute, traced.graph, examples) if examples is not None else None
     plan = make_plan(traced.graph, program.attribute, policy, rulings, mode=mode, observer=observer)
     graph = insert_casts(traced.graph, plan)
@@ -80,7 +80,7 @@ def _build(
 
 
 def _freeze(conversion: Conversion) -> None:
-    fold_weight_casts(conversion.program.tree, [variant.graph for _, variant in conversion.variants])
+    fold_weight_casts(conversion.program.whole, [variant.graph for _, variant in conversion.variants])
 
 
 _STAGES = Stages(_build, report_of, _freeze)

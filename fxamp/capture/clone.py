@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["clone_tree"]
+__all__ = ["clone_tree", "clone_trees"]
 
 _SHARED = (torch.jit.ScriptModule,)
 
@@ -29,10 +29,13 @@ def clone_tree(model: nn.Module) -> nn.Module:
         >>> clone[0] is model[0], clone[0].weight is model[0].weight
         (False, True)
     """
+    return clone_trees(model, None)[0]
+
+
+def clone_trees(model: nn.Module, loss: nn.Module | None) -> tuple[nn.Module, nn.Module | None]:
+    """Copies of two module trees as ``clone_tree`` makes them; what they share, the copies share."""
     memo: dict[int, Any] = {}
-    clone = _clone(model, memo)
-    assert isinstance(clone, nn.Module)
-    return clone
+    return _clone(model, memo), None if loss is None else _clone(loss, memo)
 
 
 def _clone(value: Any, memo: dict[int, Any]) -> Any:

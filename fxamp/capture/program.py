@@ -23,9 +23,9 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
-from fxamp.capture.clone import clone_tree
+from fxamp.capture.clone import clone_trees
 from fxamp.capture.signature import CallSignature, Layout
-from fxamp.capture.tracer import LIBRARY, AmpTracer
+from fxamp.capture.tracer import LIBRARY, THIS, WHOLE, AmpTracer
 from fxamp.errors import CaptureError
 
 __all__ = ["Program", "Traced"]
@@ -51,7 +51,10 @@ class Traced:
 class Program:
     """A model and its loss.
 
-    ``tree`` holds all their modules; ``extras`` the tensors that no module owns and a graph reads.
+    Attributes:
+        tree: the modules of the model; ``loss_tree`` those of a loss that is a module, else None.
+        loss_path: the name that the loss has beside the model's submodules; "" when it is no module.
+        extras: tensors that no module owns and a graph reads, by the name it reads them under.
 
     Args:
         model: a module, a method of a module, or any callable of tensors. It is left as it is.
@@ -68,20 +71,12 @@ class Program:
         self._method = model.__name__ if isinstance(model, MethodType) else "forward"
         self._function = None if owner is not None else model
         self._holder = owner if owner is not None else _holder(model)
-        self.tree = clone_tree(self._holder)
         self.extras: dict[str, torch.Tensor] = {}
-        self.loss_path = self._adopt(loss)
-        self._loss = None if self.loss_path else loss
+        is_module = isinstance(loss, nn.Module)
+        self.tree, self.loss_tree = clone_trees(self._holder, loss if is_module else None)
+        self.loss_path = _free_name(self.tree, "loss") if is_module else ""
+        self._loss = None if is_module else loss
         self.has_loss = loss is not None
-
-    def _adopt(self, loss: Any) -> str:
-        if not isinstance(loss, nn.Module):
-            return ""
-        path = "loss"
-        while hasattr(self.tree, path):
-            path += "_"
-        self.tree._modules[path] = clone_tree(loss)
-        return path
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what cannot be pickled: a lambda is lost, and with it only the tracing of new calls."""
@@ -95,17 +90,31 @@ class Program:
         new.__dict__.update(kept, **copy.deepcopy(rest, memo))
         return new
 
+    @property
+    def whole(self) -> nn.Module:
+        """A module with the submodules of the model and of the loss, over the same tensors."""
+        view = nn.Module()
+        for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+            view.__dict__[name] = self.tree.__dict__[name]
+        view.__dict__["_modules"] = dict(self.tree._modules)
+        if self.loss_path:
+            view._modules[self.loss_path] = self.loss_tree
+        return view
+
     def attribute(self, path: str) -> Any:
-        """The parameter, buffer, tensor or module that a graph reads under this name; "_this" is the tree."""
+        """The parameter, buffer, tensor or module that a graph reads under this name."""
         if path in self.extras:
             return self.extras[path]
+        if path in (THIS, WHOLE):
+            return self.tree
         owner, _, name = path.rpartition(".")
-        return getattr(self.tree.get_submodule(owner), name) if path != "_this" else self.tree
+        return getattr(self.whole.get_submodule(owner) if owner or path == self.loss_path else self.tree, name)
 
     def shared(self) -> Program:
         """A program of its own module tree over the same tensors."""
         new = copy.copy(self)
-        new.__dict__.update(self.__dict__, tree=clone_tree(self.tree), extras=dict(self.extras))
+        tree, loss_tree = clone_trees(self.tree, self.loss_tree)
+        new.__dict__.update(self.__dict__, tree=tree, loss_tree=loss_tree, extras=dict(self.extras))
         return new
 
     def trace(
@@ -121,35 +130,29 @@ class Program:
         Raises:
             CaptureError: when the model's or the loss's own code cannot be traced, with the user's line.
         """
-        # A function calls the modules it closes over, so these cannot be clones.
-        root = clone_tree(self.tree) if self._function is None else self._holder_with_loss()
+        root, loss_tree = clone_trees(self.tree, self.loss_tree)
+        if self._function is not None:
+            root = self._holder  # a function calls the modules it closes over, so these cannot be clones
         model = self._function or getattr(root, self._method)
-        loss = root.get_submodule(self.loss_path) if self.loss_path else self._loss
-        entry = _Entry(self.signature, layout, model, loss)
-        through = tuple(module for module in (root, loss) if isinstance(module, nn.Module))
+        entry = _Entry(self.signature, layout, model, loss_tree or self._loss)
         sources = tuple(f for f in (self._function, self._loss) if inspect.isroutine(f))
-        tracer = AmpTracer(root, entry, through, self.extras, sources)
-        with _modes(root, training), _autocast_answers(ambient):
+        modules = _paths(root, loss_tree, self.loss_path)
+        tracer = AmpTracer(root, modules, entry, self.extras, sources)
+        if _is_library(root) and self._method == "forward":
+            entry.model = tracer.call_whole
+        with _modes(modules, training), _autocast_answers(ambient):
             try:
                 graph = tracer.run(entry.names())
             except Exception as error:
                 raise _capture_error(self.name, error) from error
         return Traced(graph, layout, tracer.untraceable, tracer.mode_readers)
 
-    def _holder_with_loss(self) -> nn.Module:
-        root = clone_tree(nn.Module())
-        root._modules.update(self._holder._modules)
-        root._parameters.update(self._holder._parameters)
-        if self.loss_path:
-            root._modules[self.loss_path] = self.tree._modules[self.loss_path]
-        return root
-
 
 class _Entry:
     """Calls the model, then the loss, with proxies laid out as a layout says."""
 
     def __init__(self, signature: CallSignature, layout: Layout, model: Any, loss: Any) -> None:
-        self._signature, self._layout, self._model, self._loss = signature, layout, model, loss
+        self._signature, self._layout, self.model, self._loss = signature, layout, model, loss
 
     def names(self) -> list[str]:
         names: list[str] = []
@@ -172,7 +175,7 @@ class _Entry:
             else:
                 values[slot.name] = next(rest)
         args, kwargs, loss_kwargs = self._signature.split(values)
-        output = self._model(*args, **kwargs)
+        output = self.model(*args, **kwargs)
         if self._loss is None:
             return output
         loss = self._loss(output, **loss_kwargs)
@@ -184,11 +187,31 @@ class _Entry:
         return loss, output
 
 
+def _paths(root: nn.Module, loss: nn.Module | None, loss_path: str) -> dict[str, nn.Module]:
+    """Every module by its path; one that has several keeps the first."""
+    found = dict(root.named_modules())
+    if loss is not None:
+        found.update({f"{loss_path}.{path}".rstrip("."): module for path, module in loss.named_modules()})
+    return found
+
+
+def _free_name(tree: nn.Module, name: str) -> str:
+    while hasattr(tree, name):
+        name += "_"
+    return name
+
+
+def _is_library(module: nn.Module) -> bool:
+    """Whether a module is torch's own and no container: its forward is not the user's to change."""
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return type(module).__module__.startswith("torch.nn.modules") and type(module) not in (nn.Module, *containers)
+
+
 @contextmanager
-def _modes(root: nn.Module, training: Mapping[str, bool]) -> Iterator[None]:
-    before = {module: module.training for module in root.modules()}
+def _modes(modules: Mapping[str, nn.Module], training: Mapping[str, bool]) -> Iterator[None]:
+    before = {module: module.training for module in modules.values()}
     try:
-        for path, module in root.named_modules():
+        for path, module in modules.items():
             module.__dict__["training"] = training.get(path, module.training)
         yield
     finally:
@@ -235,7 +258,7 @@ def _capture_error(model: str, error: Exception) -> CaptureError:
     if isinstance(error, CaptureError):
         return error
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(LIBRARY)]
-    where, line = model, ""
+    where, line = model, "forward"
     if frames:
         where = f"{_qualified(error, model)} ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})"
         line = linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip().rstrip(":")

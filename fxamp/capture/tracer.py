@@ -12,7 +12,7 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
@@ -30,7 +30,9 @@ from fxamp.capture.guards import guard_at
 from fxamp.capture.proxy import AmpParameterProxy, AmpProxy
 from fxamp.capture.regions import RegionRecorder
 
-__all__ = ["LIBRARY", "AmpTracer"]
+__all__ = ["LIBRARY", "THIS", "WHOLE", "AmpTracer"]
+
+THIS, WHOLE = "_this", "_whole"  # what a graph calls the converted module, and the model as one call
 
 LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
 
@@ -65,9 +67,9 @@ class AmpTracer(fx.Tracer):
     ``mode_readers`` the modules whose ``training`` flag was read, with its value.
 
     Args:
-        root: holds every module and tensor that the entry point uses; its own state may be changed.
+        root: the model, or what holds the modules of a function; its own state may be changed.
+        modules: path to every module that the entry point may use, root included.
         entry: called with the proxies of the placeholders; what it returns is the graph's output.
-        through: modules that must be traced into: when they fail, the trace fails.
         extras: tensors that no module owns, by the name they are read under; new ones are added.
         sources: functions that are traced and belong to no module.
     """
@@ -75,8 +77,8 @@ class AmpTracer(fx.Tracer):
     def __init__(
         self,
         root: nn.Module,
+        modules: Mapping[str, nn.Module],
         entry: Callable[..., Any],
-        through: tuple[nn.Module, ...],
         extras: dict[str, torch.Tensor],
         sources: tuple[Any, ...] = (),
     ) -> None:
@@ -86,14 +88,16 @@ class AmpTracer(fx.Tracer):
         self._sources = sources
         self.mode_readers: dict[str, bool] = {}
         self._entry = entry
-        self._through = through
         self._regions = RegionRecorder(self._emit)
         self._names: list[str] = []
         self._proxies: dict[str, fx.Proxy] = {}
         self._written: list[tuple[nn.Module, str, bool, Any]] = []
-        tensors = [*root.named_parameters(), *root.named_buffers()]
-        self._tensors = {id(tensor): name for name, tensor in reversed(tensors)}
-        self._modules = {id(module): name for name, module in root.named_modules()}
+        self._modules = {id(module): path for path, module in modules.items()}
+        self._tensors: dict[int, str] = {}
+        for path, module in modules.items():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                self._tensors.setdefault(id(tensor), f"{path}.{name}".lstrip("."))
+        self._forwards = [type(module).forward for module in modules.values()]
         self.root = root
 
     def run(self, names: list[str]) -> fx.Graph:
@@ -106,8 +110,7 @@ class AmpTracer(fx.Tracer):
                 stack.enter_context(self._watching_modules())
                 stack.enter_context(_factories_take_proxies(self))
                 stack.enter_context(_RecordFactories(self))
-                forwards = (type(module).forward for module in self.root.modules())
-                stack.enter_context(shadowed_builtins(*forwards, *self._sources))
+                stack.enter_context(shadowed_builtins(*self._forwards, *self._sources))
                 return super().trace(self.root)
         finally:
             torch.set_grad_enabled(grad_mode)
@@ -149,12 +152,23 @@ class AmpTracer(fx.Tracer):
         try:
             result = super().call_module(m, forward, args, kwargs)
         except Exception as error:
-            if any(m is module for module in self._through):
+            if m is self.root:
                 raise
             self._go_back(mark)
             self.untraceable[path] = _reason(error)
             return self._call_leaf(m, path, args, kwargs)
         return result
+
+    def call_whole(self, *args: Any, **kwargs: Any) -> Any:
+        """The model itself as one call, for a model that is a module of torch."""
+        mark = self._mark()
+        try:
+            if not self.is_leaf_module(self.root, ""):
+                return self.root.forward(*args, **kwargs)
+        except Exception as error:
+            self._go_back(mark)
+            self.untraceable[WHOLE] = _reason(error)
+        return self._call_leaf(self.root, WHOLE, args, kwargs)
 
     def _call_leaf(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         outer = (self.scope.module_path, self.scope.module_type)
@@ -274,7 +288,7 @@ class AmpTracer(fx.Tracer):
         existed = name in module.__dict__
         before = module.__dict__.get(name)
         if isinstance(value, fx.Proxy):
-            owner = self.create_node("get_attr", self._modules[id(module)] or "_this", (), {})
+            owner = self.create_node("get_attr", self._modules[id(module)] or THIS, (), {})
             self.create_node("call_function", assign, (owner, name, value.node), {})
         elif not (existed and (value is before or (type(value) is type(before) and value == before))):
             raise TraceError(f"sets self.{name}, which a graph cannot carry to the next call")

@@ -189,7 +189,8 @@ class _Planner:
         casts = self._casts(node, target, blank.inputs) if target is not None else ()
         cast_inputs = self._after(blank.inputs, casts)
         output = self._result(node, call, blank.inputs, cast_inputs)
-        runs_in = target if target is not None else promoted(cast_inputs)
+        lowered = target if any(value.dtype in (None, target) for value in cast_inputs) else None
+        runs_in = lowered or promoted(cast_inputs)
         return replace(blank, casts=casts, how=how, runs_in=runs_in, output=output)
 
     def _target(self, blank: Decision) -> tuple[torch.dtype | None, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxamp.capture import values_of
+from fxamp.capture import Program, values_of
 from fxamp.capture.calls import enter_inference_mode, leave_inference_modes
 from fxamp.capture.packing import pack_graph, unpack_graph
 from fxamp.errors import CaptureError, FxampError
@@ -26,6 +26,7 @@ from fxamp.runtime.scaler import GradScaler
 
 __all__ = ["AmpModule", "Inspection", "inspect"]
 
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BAKED = (bool, str, type(None))
 _GRAD_REGION = frozenset({torch._C._set_grad_enabled, enter_inference_mode})
 
@@ -42,22 +43,20 @@ class AmpModule(fx.GraphModule):
     def __init__(self, conversion: Conversion) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name="AmpModule")
         self.__dict__["_conversion"] = conversion
-        self._adopt(conversion.program.tree)
+        self._adopt(conversion.program)
         self._show_own_names()
         self._activate()
         conversion.scaler._bind(self)
 
-    def _adopt(self, tree: nn.Module) -> None:
+    def _adopt(self, program: Program) -> None:
         """Becomes the root of the module tree: its tensors, submodules, hooks and mode."""
-        conversion = self._conversion
-        for name, value in tree.__dict__.items():
-            inherited = name in nn.Module().__dict__
-            hook = name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-            if (inherited and not (hook and conversion.program.has_loss)) or isinstance(value, torch.Tensor):
+        inherited = nn.Module().__dict__
+        for name, value in program.tree.__dict__.items():
+            if (name in inherited and not (program.has_loss and name in _CALL_HOOKS)) or isinstance(value, torch.Tensor):
                 self.__dict__[name] = value
-        if conversion.program.loss_path:
-            for module in tree.get_submodule(conversion.program.loss_path).modules():
-                module._non_persistent_buffers_set = set(module._buffers)
+        self.__dict__["_modules"] = program.whole._modules
+        for module in program.loss_tree.modules() if program.loss_tree is not None else ():
+            module._non_persistent_buffers_set = set(module._buffers)
 
     def _show_own_names(self) -> None:
         """A submodule, parameter or buffer of the model hides the attribute of ours that has its name."""
@@ -168,6 +167,7 @@ class AmpModule(fx.GraphModule):
         super().train(mode)
         if "_conversion" in self.__dict__:
             self._conversion.mode = "train" if mode else "eval"
+            self._conversion.program.tree.__dict__["training"] = mode
             self._activate()
         return self
 
@@ -181,6 +181,10 @@ class AmpModule(fx.GraphModule):
     @property
     def _this(self) -> AmpModule:
         return self  # what an assignment to ``self`` in the model's own forward writes to
+
+    @property
+    def _whole(self) -> nn.Module:
+        return self._conversion.program.tree  # the model as one call, when it could not be traced into
 
     # -- copies ------------------------------------------------------------------------------------
 
@@ -211,8 +215,13 @@ class AmpModule(fx.GraphModule):
 
     @property
     def scaler(self) -> GradScaler:
-        """The paired gradient scaler: it scales for float16 and passes through for bfloat16."""
+        """The paired gradient scaler: it scales for float16, passes through for bfloat16, and may be replaced."""
         return inspect(self).scaler
+
+    @scaler.setter
+    def scaler(self, scaler: GradScaler) -> None:
+        scaler._bind(self)
+        self._conversion.scaler = scaler
 
     def report(self) -> Any:
         """The decisions as a table; ``print`` it, or see ``fxamp.Report``."""

@@ -53,8 +53,10 @@ def leaf_cast(value: Any, dtype: torch.dtype, first: Any, source: Any) -> Any:
     """
     if not isinstance(value, torch.Tensor) or value is not source:
         return soft_cast(value, dtype)
-    again = value.requires_grad and not (value.is_leaf and not value._is_view() and value.dtype == torch.float32)
-    return soft_cast(value, dtype) if again else first
+    if not value.requires_grad:
+        return first
+    cached = value.is_leaf and value.dtype == torch.float32 and (torch.compiler.is_compiling() or not value._is_view())
+    return first if cached else soft_cast(value, dtype)
 
 
 def cast_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

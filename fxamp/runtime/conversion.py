@@ -101,8 +101,8 @@ class Conversion:
         Raises:
             CaptureError, PlanError, PolicyError: as the stages do.
         """
-        policy = asked.resolve(program.tree)
-        mode = _mode_of(program.tree)
+        policy = asked.resolve(program.whole)
+        mode = _mode_of(program.whole)
         base = layout if layout is not None else _base_layout(program, mode, policy)
         new = Conversion(program, asked, stages, policy, mode, base, examples)
         for name in dict.fromkeys((mode, "train", "eval")):
@@ -128,7 +128,7 @@ class Conversion:
         return len(values) if values == self.program.signature.required and not trees else -1
 
     def _trace(self, mode: str, layout: Layout) -> Traced:
-        flags = _flags(self.program.tree, mode)
+        flags = _flags(self.program.whole, mode)
         for _, known in self.traced:
             # A graph in which no mode was read serves every mode, and so does one that read the same flags.
             if known.layout == layout and all(flags.get(path) == flag for path, flag in known.modes.items()):
@@ -175,7 +175,7 @@ class Conversion:
 
     def follow_device(self) -> bool:
         """Plans anew when the model was moved to a device with other rules; whether it was."""
-        policy = self.asked.resolve(self.program.tree)
+        policy = self.asked.resolve(self.program.whole)
         if policy == self.policy:
             return False
         self.policy, self.variants = policy, []
@@ -191,10 +191,12 @@ class Conversion:
             asked = replace(asked, dtype=None)
         program = self.program.shared()
         new = replace(
-            self, program=program, asked=asked, policy=asked.resolve(program.tree), variants=[],
+            self, program=program, asked=asked, policy=asked.resolve(program.whole), variants=[],
             traced=list(self.traced), scaler=GradScaler(enabled=False), held=None,
         )
         new._finish()
+        if new.scaler.is_enabled() and self.scaler.is_enabled():
+            new.scaler.load_state_dict(self.scaler.state_dict())
         return new
 
     def _check_op_overrides(self) -> None:
@@ -232,7 +234,7 @@ def _base_layout(program: Program, mode: str, policy: Policy) -> Layout:
     for stars in range(1, MAX_STARS + 1) if program.signature.starred else ():
         layout = program.signature.base_layout(stars)
         try:
-            program.trace(layout, _flags(program.tree, mode), _ambient(policy))
+            program.trace(layout, _flags(program.whole, mode), _ambient(policy))
         except CaptureError as error:
             failed = failed or error
         else:
