@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -17,6 +18,7 @@ from fxamp.plan.observer import FakeObserver
 from fxamp.policy import DEVICE_TYPES, Policy
 from fxamp.rewrite import fold_weight_casts, insert_casts, verify
 from fxamp.runtime import AmpModule, Asked, Conversion, Stages
+from fxamp.runtime.amp_module import not_a_scalar
 
 __all__ = ["convert"]
 
@@ -74,9 +76,19 @@ def _build(
     rulings = policy.module_rulings(path for path, _ in program.whole.named_modules())
     observer = FakeObserver(program.attribute, traced.graph, examples) if examples is not None else None
     plan = make_plan(traced.graph, program.attribute, policy, rulings, mode=mode, observer=observer)
+    if observer is not None and program.has_loss:
+        _check_loss(traced.graph, observer)
     graph = insert_casts(traced.graph, plan)
     verify(graph, traced.graph, plan)
     return plan, graph
+
+
+def _check_loss(graph: fx.Graph, observer: FakeObserver) -> None:
+    output = next(iter(reversed(graph.nodes)))
+    loss = output.args[0][0]  # type: ignore[index]
+    shape = observer.shape(loss) if isinstance(loss, fx.Node) else None
+    if shape is not None and math.prod(shape) != 1:
+        raise not_a_scalar(f"shape {shape}")
 
 
 def _freeze(conversion: Conversion) -> None:
@@ -88,9 +100,10 @@ _STAGES = Stages(_build, report_of, _freeze)
 
 def _asked(policy: str | Policy, device_type: str | None, dtype: torch.dtype | None) -> Asked:
     if device_type is not None and device_type not in DEVICE_TYPES:
+        kind = str(device_type).partition(":")[0]
         raise PolicyError(
             f"unknown device_type {device_type!r}: expected one of {', '.join(DEVICE_TYPES)}",
-            hint="write device_type='cuda' or device_type='cpu'",
+            hint=f"write device_type='{kind if kind in DEVICE_TYPES else 'cpu'}'",
         )
     if dtype is not None:
         check_low_dtype(dtype)
@@ -100,7 +113,7 @@ def _asked(policy: str | Policy, device_type: str | None, dtype: torch.dtype | N
 def _not_a_model(model: Any) -> CaptureError:
     if isinstance(model, AmpModule):
         return CaptureError("the model is converted already", hint="amp.replan(policy) changes its policy")
-    return CaptureError(f"found a {type(model).__name__}: expected a module or a callable", hint="fxamp.convert(model)")
+    return CaptureError(f"found {model!r}: expected a module or a callable", hint="fxamp.convert(model)")
 
 
 def _example_layout(program: Program, example_inputs: Any) -> tuple[Layout | None, list[Any] | None]:
@@ -131,6 +144,6 @@ def _split_examples(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any
     if isinstance(example_inputs, tuple | list):
         return tuple(example_inputs), {}
     raise CaptureError(
-        f"example_inputs is a {type(example_inputs).__name__}: expected a tuple",
+        f"example_inputs is {example_inputs!r}: expected a tuple",
         hint="give a tuple of positional inputs, or (args_tuple, kwargs_dict)",
     )

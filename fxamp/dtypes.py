@@ -60,7 +60,7 @@ def check_low_dtype(dtype: torch.dtype) -> torch.dtype:
     """
     if dtype not in LOW_DTYPES:
         raise PolicyError(
-            f"dtype {dtype} is not a low precision: expected torch.float16 or torch.bfloat16",
+            f"dtype {dtype!r} is not a low precision: expected torch.float16 or torch.bfloat16",
             hint="write dtype=torch.bfloat16, or policy='full' for a model without casts",
         )
     return dtype

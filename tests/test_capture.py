@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from typing import Any, NamedTuple
 
 import pytest
@@ -223,13 +224,53 @@ class Counter(nn.Module):
         return x * self.calls
 
 
-@pytest.mark.parametrize("inner", [Branch, Counter])
-def test_a_submodule_that_cannot_be_traced_stays_a_call(inner: type[nn.Module]) -> None:
+class Chance(nn.Module):
+    """Draws from Python's random module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * random.choice([0.0, 1.0])
+
+
+class Keeper(nn.Module):
+    """Keeps what it saw in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.detach())
+        return x * len(self.seen)
+
+
+@pytest.mark.parametrize(
+    ("inner", "reason"),
+    [
+        (Branch, "branches on a tensor value"),
+        (Counter, "sets self.calls, which a graph cannot carry to the next call"),
+        (Chance, "draws from Python's random module, which a graph would freeze"),
+        (Keeper, "keeps a traced value in self.seen"),
+    ],
+)
+def test_a_submodule_that_cannot_be_traced_stays_a_call(inner: type[nn.Module], reason: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), inner(), nn.Linear(4, 4))
-    amp = check_against_autocast(model, torch.randn(4, 4))
+    if inner is Chance:
+        amp = fxamp.convert(model, dtype=torch.bfloat16)
+        random.seed(0)
+        assert len({getattr(amp, "1")(torch.ones(1)).item() for _ in range(9)}) == 2
+    else:
+        amp = check_against_autocast(model, torch.randn(4, 4))
     row = next(node for node in amp.report().to_dict()["nodes"] if node["op"] == inner.__name__)
-    assert row["rule"] == "opaque"
-    assert row["reason"] == {Branch: "branches on a tensor value", Counter: row["reason"]}[inner]
+    assert (row["rule"], row["reason"]) == ("opaque", reason)
+
+
+@pytest.mark.parametrize("root", [Counter, Chance, Keeper])
+def test_the_model_itself_cannot_stay_a_call(root: type[nn.Module]) -> None:
+    model = root()
+    before = {name: list(v) if isinstance(v, list) else v for name, v in model.__dict__.items()}
+    with pytest.raises(fxamp.CaptureError, match=r"(?s)cannot trace .*\n\nhint: "):
+        fxamp.convert(model)
+    assert {name: model.__dict__[name] for name in before} == before
 
 
 def test_a_region_around_a_call_that_is_rolled_back() -> None:

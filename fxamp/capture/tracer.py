@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -123,7 +124,10 @@ class AmpTracer(fx.Tracer):
         return self._call_entry, [self.create_proxy("placeholder", name, (), {}) for name in self._names]
 
     def _call_entry(self, *proxies: fx.Proxy) -> Any:
-        return self._entry(*proxies)
+        drawn = random.getstate()
+        result = self._entry(*proxies)
+        _check_python_state(self.root, drawn)
+        return result
 
     def proxy(self, node: fx.Node) -> AmpProxy:
         return AmpProxy(node, self)
@@ -148,9 +152,10 @@ class AmpTracer(fx.Tracer):
         path = self.path_of_module(m)
         if path in self.untraceable:
             return self._call_leaf(m, path, args, kwargs)
-        mark = self._mark()
+        mark, drawn = self._mark(), random.getstate()
         try:
             result = super().call_module(m, forward, args, kwargs)
+            _check_python_state(m, drawn)
         except Exception as error:
             if m is self.root:
                 raise
@@ -325,6 +330,23 @@ class _RecordFactories(TorchFunctionMode):
         if func in self._factories:
             return self._tracer.create_proxy("call_function", func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+def _check_python_state(module: nn.Module, drawn: Any) -> None:
+    """Refuses what a graph would silently freeze: random numbers of Python's, and values kept in containers."""
+    if random.getstate() != drawn:
+        random.setstate(drawn)
+        raise TraceError("draws from Python's random module, which a graph would freeze")
+    for name, value in module.__dict__.items():
+        if not name.startswith("_") and isinstance(value, list | dict | set) and _holds_proxy(value):
+            raise TraceError(f"keeps a traced value in self.{name}")
+
+
+def _holds_proxy(container: Any) -> bool:
+    values = container.values() if isinstance(container, dict) else container
+    return any(
+        isinstance(value, fx.Proxy) or (isinstance(value, list | dict) and _holds_proxy(value)) for value in values
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from tabulate import tabulate
+from tabulate import tabulate, tabulate_formats
 from torch import fx
 
 from fxamp.dtypes import abbreviate
@@ -20,7 +20,9 @@ __all__ = ["Report", "report_of"]
 COLUMNS: Final = ("name", "op", "module", "rule", "inputs", "runs in", "output", "casts", "why")
 _KEYS: Final = {"runs in": "runs_in", "why": "reason"}
 _COUNTED: Final = ("lower", "fp32", "promote", "follow", "opaque")
-_WIDTHS: Final = {"name": 20, "op": 24, "module": 20, "inputs": 16, "output": 12, "why": 22}
+MAX_WIDTH: Final = 119
+# What is cut when the table is too wide, in this order, and how far.
+_MAY_SHRINK: Final = {"why": 22, "op": 20, "module": 16, "inputs": 14, "name": 18, "output": 10}
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,11 @@ class Report:
         >>> import fxamp
         >>> amp = fxamp.convert(torch.nn.Linear(4, 4), dtype=torch.bfloat16, device_type="cpu")
         >>> print(amp.report().table(columns=("name", "op", "rule", "casts", "why")))
-        name    op           rule      casts  why
-        ------  -----------  ------  -------  -----------
-        input   placeholder                0  model input
-        linear  F.linear     lower         3  op table
-        output  output                     0
+        name     op           rule      casts  why
+        -------  -----------  ------  -------  -----------
+        input_1  placeholder                0  model input
+        linear   F.linear     lower         3  op table
+        output   output                     0
     """
 
     model: str
@@ -64,23 +66,20 @@ class Report:
 
         Args:
             tablefmt: a format of the ``tabulate`` package, such as "github".
-            columns: which of ``name op module rule inputs runs in output casts why source`` to show.
+            columns: which of "name", "op", "module", "rule", "inputs", "runs in", "output", "casts", "why" and
+                "source" to show. Long texts are cut only where the table would be wider than 119 characters.
 
         Raises:
-            FxampError: for a column that does not exist.
+            FxampError: for a column or a format that does not exist.
         """
-        columns = tuple(columns)
-        for column in columns:
-            if column not in (*COLUMNS, "source"):
-                close = nearest(column, COLUMNS) or COLUMNS[0]
-                raise FxampError(
-                    f"unknown column {column!r}: expected some of {', '.join((*COLUMNS, 'source'))}",
-                    hint=f"write {close!r}",
-                )
-        rows = [[_shown(column, node[_KEYS.get(column, column)]) for column in columns] for node in self.nodes]
-        return str(tabulate(rows, headers=columns, tablefmt=tablefmt, disable_numparse=[
-            i for i, column in enumerate(columns) if column != "casts"
-        ]))
+        columns = (columns,) if isinstance(columns, str) else tuple(columns)
+        _check_known("column", columns, (*COLUMNS, "source", *_KEYS.values()))
+        _check_known("tablefmt", (tablefmt,), tabulate_formats)
+        rows = [[node[_KEYS.get(column, column)] for column in columns] for node in self.nodes]
+        for column, least in _MAY_SHRINK.items():
+            if column in columns and tablefmt == "simple":
+                _shrink(rows, columns, columns.index(column), least)
+        return _render(rows, columns, tablefmt)
 
     def __str__(self) -> str:
         counts = ", ".join(f"{self.totals[rule]} {rule}" for rule in _COUNTED if self.totals[rule])
@@ -142,8 +141,26 @@ def _is_unknown(flow: Flow) -> bool:
     return flow != NOT_A_TENSOR and any(value.dtype is None for value in tensors_in(flow))
 
 
-def _shown(column: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    width = _WIDTHS.get(column, 200)
-    return value if len(value) <= width else f"..{value[2 - width :]}" if column == "module" else f"{value[: width - 2]}.."
+def _render(rows: list[list[Any]], columns: tuple[str, ...], tablefmt: str) -> str:
+    words = [i for i, column in enumerate(columns) if column != "casts"]
+    return str(tabulate(rows, headers=columns, tablefmt=tablefmt, disable_numparse=words))
+
+
+def _shrink(rows: list[list[Any]], columns: tuple[str, ...], index: int, least: int) -> None:
+    """Cuts the texts of a column, at most to ``least`` characters, as far as the table is too wide."""
+    widest = max((len(line) for line in _render(rows, columns, "simple").splitlines()), default=0)
+    longest = max((len(row[index]) for row in rows), default=0)
+    width = max(least, longest - max(0, widest - MAX_WIDTH))
+    for row in rows:
+        if len(row[index]) > width:
+            row[index] = f"{row[index][: width - 2]}.." if columns[index] != "module" else f"..{row[index][2 - width :]}"
+
+
+def _check_known(word: str, names: Iterable[str], known: Iterable[str]) -> None:
+    known = tuple(known)
+    for name in names:
+        if name not in known:
+            raise FxampError(
+                f"unknown {word} {name!r}: expected one of {', '.join(known)}",
+                hint=f"write {(nearest(str(name), known) or known[0])!r}",
+            )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from fxamp.capture.regions import AutocastState
+from fxamp.dtypes import abbreviate
+from fxamp.errors import PlanError, nearest
 from fxamp.plan.flow import NOT_A_TENSOR, Flow
 from fxamp.policy import Policy
 
@@ -75,6 +77,11 @@ class Decision:
     how: str = "call"
     state: AutocastState | None = None
 
+    def __str__(self) -> str:
+        dtype = f" in {abbreviate(self.runs_in)}" if self.runs_in is not None else ""
+        casts = "".join(f", casts {cast.value} to {abbreviate(cast.dtype)}" for cast in self.casts)
+        return f"{self.name}: {self.op} {self.rule or 'has no rule'}{dtype} ({self.reason or 'no tensors'}){casts}"
+
 
 @dataclass(frozen=True)
 class PrecisionPlan:
@@ -93,10 +100,17 @@ class PrecisionPlan:
     decisions: tuple[Decision, ...]
 
     def __getitem__(self, name: str) -> Decision:
+        """The decision for the node of that name.
+
+        Raises:
+            PlanError: when the graph has no such node.
+        """
         for decision in self.decisions:
             if decision.name == name:
                 return decision
-        raise KeyError(name)
+        close = nearest(name, (decision.name for decision in self.decisions))
+        hint = f"write '{close}'" if close else "print(amp.report()) lists the names"
+        raise PlanError(f"the plan has no node '{name}'", hint=hint)
 
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)

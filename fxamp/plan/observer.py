@@ -5,17 +5,19 @@ Runs each planned call on fake tensors: shapes and dtypes are those of a real ru
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensorMode, fake_tensor
 from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
 from fxamp.dtypes import is_castable
+from fxamp.errors import CaptureError
 from fxamp.plan.calls import MODE_CALLS
 from fxamp.plan.decision import Decision
 from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, of_object
@@ -23,6 +25,13 @@ from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, of_object
 __all__ = ["FakeObserver"]
 
 _MISSING = object()
+_NOT_FAKEABLE = (
+    NotImplementedError,
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
+    fake_tensor.UnsupportedOperatorException,
+)
 
 
 class FakeObserver:
@@ -56,6 +65,11 @@ class FakeObserver:
         flow = of_object(value)
         return None if flow == UNKNOWN or (flow == NOT_A_TENSOR and isinstance(value, dict)) else flow
 
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """The shape of a node's value, when it is one tensor and known."""
+        value = self._values.get(node)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
     def _fake(self, value: Any) -> Any:
         return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
 
@@ -81,12 +95,26 @@ class FakeObserver:
 
         try:
             args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, argument)
-            with self._mode, torch.no_grad(), _autocast(decision):
+            with self._mode, torch.no_grad(), _autocast(decision), _without_log():
                 if node.op == "call_module":
                     return self._call_module(self._attribute(str(node.target)), args, kwargs)
                 return _call(node, decision, args, kwargs)
-        except Exception:
-            return _MISSING  # data-dependent, or not fakeable: the rules tell what they can
+        except _NOT_FAKEABLE:
+            return _MISSING  # the rules tell what they can
+        except Exception as error:
+            if decision.how == "ambient" or not decision.aten:
+                return _MISSING
+            raise _does_not_fit(decision, error) from error
+
+
+def _does_not_fit(decision: Decision, error: Exception) -> CaptureError:
+    where = f" in module '{decision.module}'" if decision.module else ""
+    reason = str(error).strip().splitlines()
+    return CaptureError(
+        f"example_inputs do not fit the model: {decision.op} (node '{decision.name}'{where}, {decision.source}) "
+        f"fails with: {reason[0] if reason else type(error).__name__}",
+        hint="give inputs with which the model itself runs",
+    )
 
 
 def _call(node: fx.Node, decision: Decision, args: Any, kwargs: Any) -> Any:
@@ -96,6 +124,17 @@ def _call(node: fx.Node, decision: Decision, args: Any, kwargs: Any) -> Any:
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)
     return node.target(*args, **kwargs)
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Fake tensors log a traceback of what fails; here that is an answer."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextmanager

@@ -25,11 +25,13 @@ from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, Value, of_object, promo
 from fxamp.plan.results import USER_CASTS, result_of
 from fxamp.policy import Policy, Ruling
 from fxamp.policy.flow import output_kind
-from fxamp.policy.operators import transparent
+from fxamp.policy.operators import operator_rules, transparent
 
 __all__ = ["Observer", "make_plan"]
 
 _OVERRIDE_EXEMPT = frozenset({"getitem", "alias", *USER_CASTS})
+# What an operator gives that autocast decides about inside: the loss comes out of nll_loss, which is float32.
+_AUTOCAST_GIVES = {"cross_entropy_loss": torch.float32}
 # ``x.float()`` of a float32 tensor is x itself, and so has its place in autocast's cache.
 _MAY_RETURN_ITSELF = frozenset(
     {"positive", "resolve_conj", "resolve_neg", "contiguous", "dropout", "alpha_dropout", "feature_dropout",
@@ -166,7 +168,8 @@ class _Planner:
         if enabled:
             self._note_leaves(node, blank.inputs)
         how = "ambient" if enabled else "call"
-        return replace(blank, how=how, casts=casts, state=replace(state, enabled=enabled), output=UNKNOWN)
+        output = Value(_AUTOCAST_GIVES.get(blank.aten)) if enabled else UNKNOWN
+        return replace(blank, how=how, casts=casts, state=replace(state, enabled=enabled), output=output)
 
     def _through_dtype(self, node: fx.Node, call: Call, blank: Decision) -> Decision:
         first = next((flow for flow in blank.inputs if tensors_in(flow)), NOT_A_TENSOR)
@@ -200,15 +203,17 @@ class _Planner:
             return blank.state.dtype, "call"
         if blank.rule == "fp32":
             return torch.float32, "call"
-        if blank.rule != "promote":
+        dtypes = {value.dtype for value in tensors_in(blank.inputs) if value.dtype is None or is_castable(value.dtype)}
+        if blank.rule != "promote" and not (self._may_meet(blank) and len(dtypes) > 1):
             return None, "call"
-        dtypes = [value.dtype for value in tensors_in(blank.inputs)]
         if torch.float32 in dtypes:
-            return torch.float32, "call"
-        castable = {dtype for dtype in dtypes if dtype is not None and is_castable(dtype)}
-        if None in dtypes or castable - {blank.state.dtype}:
-            return None, "promote"
-        return blank.state.dtype, "call"
+            return (torch.float32, "call") if None not in dtypes or blank.rule == "promote" else (None, "promote")
+        return (blank.state.dtype, "call") if dtypes <= {blank.state.dtype} else (None, "promote")
+
+    def _may_meet(self, blank: Decision) -> bool:
+        """Whether an override can have brought two dtypes to a call that torch would not promote by itself."""
+        overridden = bool(self._policy.ops or self._policy.modules)
+        return overridden and blank.reason != "in-place" and operator_rules(self._device_type).get(blank.aten) == "lower"
 
     # -- casts and results -------------------------------------------------------------------------
 

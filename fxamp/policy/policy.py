@@ -89,7 +89,7 @@ class Policy:
             return policy
         if not isinstance(policy, str):
             raise PolicyError(
-                f"policy is a {type(policy).__name__}: expected a name or a Policy",
+                f"policy is {policy!r}: expected a name or a Policy",
                 hint="write policy='autocast' or policy=fxamp.Policy.autocast(...)",
             )
         return Policy(policy)
@@ -134,6 +134,11 @@ class Policy:
         """
         modules = dict(self.modules)
         for pattern, rule in overrides.items():
+            if not isinstance(pattern, str):
+                raise PolicyError(
+                    f"the module override {pattern!r} is no name: expected a module path or a glob pattern",
+                    hint="write 'head' or 'blocks.*.norm'; with_ops takes operators",
+                )
             _check_rule(rule, repr(pattern))
             modules[pattern] = rule
         return replace(self, modules=tuple(sorted(modules.items())))
@@ -207,7 +212,7 @@ def _check_rule(rule: str, subject: str) -> None:
 
 def _matches_nothing(pattern: str, known: list[str]) -> PolicyError:
     close = nearest(pattern, known)
-    hint = f"write '{close}'" if close else "amp.named_modules() lists the names"
+    hint = f"write '{close}'" if close else f"the model has {', '.join(known[:8]) or 'no submodules'}"
     return PolicyError(f"the override '{pattern}' matches no module of the model", hint=hint)
 
 

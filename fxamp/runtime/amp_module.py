@@ -24,7 +24,7 @@ from fxamp.runtime.casts import HELD, AmbientCall, execution_device_type
 from fxamp.runtime.conversion import Conversion, Variant
 from fxamp.runtime.scaler import GradScaler
 
-__all__ = ["AmpModule", "Inspection", "inspect"]
+__all__ = ["AmpModule", "Inspection", "inspect", "not_a_scalar"]
 
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BAKED = (bool, str, type(None))
@@ -338,5 +338,10 @@ def _other_mode(amp: AmpModule, module: nn.Module, traced: bool) -> CaptureError
 def _check_loss(loss: Any) -> None:
     if isinstance(loss, torch.Tensor) and loss.numel() == 1:
         return
-    found = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
-    raise FxampError(f"the loss returns {found}: expected one scalar", hint="reduce it, for example with .mean()")
+    found = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+    raise not_a_scalar(found)
+
+
+def not_a_scalar(found: str) -> FxampError:
+    """The error for a loss that gives something else."""
+    return FxampError(f"the loss returns {found}: expected one scalar", hint="reduce it, for example with .mean()")
