@@ -34,7 +34,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         b, t, c = x.shape
-        q, k, v = (m(x).view(b, t, self.heads, c // self.heads).transpose(1, 2) for m in (self.query, self.key, self.value))
+        q, k, v = (
+            m(x).view(b, t, self.heads, c // self.heads).transpose(1, 2)
+            for m in (self.query, self.key, self.value)
+        )
         scores = q @ k.transpose(-2, -1) / math.sqrt(c // self.heads)
         if mask is not None:
             scores = scores.masked_fill(mask, -3e4)
@@ -48,7 +51,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = Attention(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(0.1))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(0.1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -79,7 +84,9 @@ class ResNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        )
         self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.fc = nn.Linear(8, 5)
@@ -133,7 +140,9 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate, self.shared = nn.Linear(8, 3), nn.Linear(8, 8)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(3))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(3)
+        )
         self.register_buffer("load", torch.zeros(3))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +218,9 @@ class Autoencoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encode, self.mean, self.scale, self.decode = (nn.Linear(a, b) for a, b in ((8, 8), (8, 2), (8, 2), (2, 8)))
+        self.encode, self.mean, self.scale, self.decode = (
+            nn.Linear(a, b) for a, b in ((8, 8), (8, 2), (8, 2), (2, 8))
+        )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         hidden = F.elu(self.encode(x))
@@ -263,7 +274,9 @@ class MixedArguments(nn.Module):
         super().__init__()
         self.fc = nn.Linear(8, 8)
 
-    def forward(self, batch: dict[str, Tensor], pair: tuple[Tensor, Tensor], scale: float = 2.0, *, flip: bool = False) -> Any:
+    def forward(
+        self, batch: dict[str, Tensor], pair: tuple[Tensor, Tensor], scale: float = 2.0, *, flip: bool = False
+    ) -> Any:
         a, b = pair
         y = self.fc(batch["x"]) * scale + a
         return (y, [b, {"neg": -y if flip else y}])
@@ -285,7 +298,9 @@ ZOO: dict[str, Case] = {
     "mlp": Case(lambda: nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), _rows),
     "mlp_loss": Case(
         lambda: nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4)),
-        _rows, loss=F.cross_entropy, loss_args=lambda: (torch.tensor([0, 1, 2, 3]),),
+        _rows,
+        loss=F.cross_entropy,
+        loss_args=lambda: (torch.tensor([0, 1, 2, 3]),),
     ),
     "attention": Case(Attention, lambda: (torch.randn(2, 5, 16, requires_grad=True),)),
     "attention_masked": Case(
@@ -293,7 +308,9 @@ ZOO: dict[str, Case] = {
     ),
     "gpt": Case(GPT, _tokens),
     "gpt_loss": Case(
-        GPT, _tokens, loss=lambda y, t: F.cross_entropy(y.flatten(0, 1), t.flatten()),
+        GPT,
+        _tokens,
+        loss=lambda y, t: F.cross_entropy(y.flatten(0, 1), t.flatten()),
         loss_args=lambda: (torch.randint(0, 23, (2, 7)),),
     ),
     "resnet": Case(ResNet, _image),
@@ -309,9 +326,12 @@ ZOO: dict[str, Case] = {
     ),
     "weights": Case(WeightTricks, _rows),
     "stack": Case(Stack, lambda: (torch.randn(2, 4, 8),)),
-    "arguments": Case(MixedArguments, lambda: ({"x": torch.randn(4, 8)}, (torch.randn(4, 8), torch.randn(4, 8)))),
+    "arguments": Case(
+        MixedArguments, lambda: ({"x": torch.randn(4, 8)}, (torch.randn(4, 8), torch.randn(4, 8)))
+    ),
     "arguments_given": Case(
         MixedArguments,
-        lambda: ({"x": torch.randn(4, 8)}, (torch.randn(4, 8), torch.randn(4, 8))), {"scale": 3.0, "flip": True},
+        lambda: ({"x": torch.randn(4, 8)}, (torch.randn(4, 8), torch.randn(4, 8))),
+        {"scale": 3.0, "flip": True},
     ),
 }

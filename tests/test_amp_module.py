@@ -26,7 +26,9 @@ class TestSharing:
     def test_parameters_and_names_are_the_models(self) -> None:
         model = ResNet()
         amp = fxamp.convert(model)
-        assert {n: id(p) for n, p in amp.named_parameters()} == {n: id(p) for n, p in model.named_parameters()}
+        assert {n: id(p) for n, p in amp.named_parameters()} == {
+            n: id(p) for n, p in model.named_parameters()
+        }
         assert list(amp.state_dict()) == list(model.state_dict())
 
     def test_unused_and_tied_parameters_keep_their_keys(self) -> None:
@@ -114,7 +116,9 @@ class TestModes:
 
         amp = fxamp.convert(Outer())
         amp.inner.eval()
-        with pytest.raises(fxamp.CaptureError, match="submodule 'inner' has training=False.*traced with training=True"):
+        with pytest.raises(
+            fxamp.CaptureError, match="submodule 'inner' has training=False.*traced with training=True"
+        ):
             amp(torch.ones(3))
 
     def test_a_frozen_batch_norm_behaves_as_in_the_original(self) -> None:
@@ -195,7 +199,9 @@ class TestOwnNames:
                 return x
 
         model = Named()
-        amp = check_against_autocast(model, torch.randn(2, 4), loss=nn.MSELoss(), loss_args=(torch.zeros(2, 4),))
+        amp = check_against_autocast(
+            model, torch.randn(2, 4), loss=nn.MSELoss(), loss_args=(torch.zeros(2, 4),)
+        )
         assert list(amp.state_dict()) == list(model.state_dict())
         assert isinstance(amp.scaler, nn.Linear)
         assert isinstance(amp.policy, nn.Linear)
@@ -263,7 +269,12 @@ class TestHoldWeights:
         casts = []
         original = torch.Tensor.to
         monkeypatch.setattr(
-            torch.Tensor, "to", lambda t, *a, **k: (casts.append(t) if isinstance(t, nn.Parameter) else None, original(t, *a, **k))[1]
+            torch.Tensor,
+            "to",
+            lambda t, *a, **k: (
+                casts.append(t) if isinstance(t, nn.Parameter) else None,
+                original(t, *a, **k),
+            )[1],
         )
         with amp.hold_weights():
             for _ in range(3):

@@ -31,7 +31,10 @@ class Program(nn.Module):
         self.norm = nn.LayerNorm(SIZE)
         self.lstm = nn.GRU(SIZE, SIZE)
         self.register_buffer("table", torch.randn(SIZE, SIZE))
-        self.steps = [(draw.choice(STEPS), draw.random(), draw.random(), draw.randrange(3)) for _ in range(draw.randint(3, 14))]
+        self.steps = [
+            (draw.choice(STEPS), draw.random(), draw.random(), draw.randrange(3))
+            for _ in range(draw.randint(3, 14))
+        ]
         self.regions = [draw.choice([None, None, None, False, True]) for _ in self.steps]
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -156,8 +159,28 @@ def double(m: Program, a: Tensor, b: Tensor, w: Tensor) -> Tensor:
 
 
 STEPS: list[Callable[..., Tensor]] = [
-    matmul, linear, shared_linear, half_weight, view_weight, table, add, softmax, norm, gru, einsum, cat, stack,
-    chunk, topk, write_view, setitem, inplace, write_then_use, update_buffer, loss, double,
+    matmul,
+    linear,
+    shared_linear,
+    half_weight,
+    view_weight,
+    table,
+    add,
+    softmax,
+    norm,
+    gru,
+    einsum,
+    cat,
+    stack,
+    chunk,
+    topk,
+    write_view,
+    setitem,
+    inplace,
+    write_then_use,
+    update_buffer,
+    loss,
+    double,
 ]
 
 
@@ -192,7 +215,10 @@ def test_the_laws_of_rewriting(policy: str) -> None:
         report = amp.report().to_dict()
         casts = [node for node in amp.graph.nodes if "cast" in node.meta]
         assert sum(row["casts"] for row in report["nodes"]) == report["totals"]["casts"] == len(casts)
-        assert report["totals"]["casts"] == report["totals"]["weight_casts"] + report["totals"]["activation_casts"]
+        assert (
+            report["totals"]["casts"]
+            == report["totals"]["weight_casts"] + report["totals"]["activation_casts"]
+        )
 
 
 def test_fast_never_has_more_casts_and_the_same_outputs() -> None:

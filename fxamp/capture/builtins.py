@@ -21,6 +21,7 @@ from torch.fx.proxy import TraceError
 
 __all__ = ["shadowed_builtins"]
 
+
 def _isinstance(value: Any, kinds: Any) -> bool:
     if not isinstance(value, fx.Proxy):
         return isinstance(value, kinds)

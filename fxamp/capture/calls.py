@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-__all__ = ["AutogradFunctionCall", "assign", "enter_inference_mode", "exit_inference_mode", "leave_inference_modes"]
+__all__ = [
+    "AutogradFunctionCall",
+    "assign",
+    "enter_inference_mode",
+    "exit_inference_mode",
+    "leave_inference_modes",
+]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from torch.utils import _pytree as pytree
 
 from fxamp.capture.clone import clone_trees
 from fxamp.capture.signature import CallSignature, Layout
-from fxamp.capture.tracer import LIBRARY, THIS, WHOLE, AmpTracer
+from fxamp.capture.source import is_library
+from fxamp.capture.tracer import THIS, WHOLE, AmpTracer
 from fxamp.errors import CaptureError
 
 __all__ = ["Program", "Traced"]
@@ -108,7 +109,9 @@ class Program:
         if path in (THIS, WHOLE):
             return self.tree
         owner, _, name = path.rpartition(".")
-        return getattr(self.whole.get_submodule(owner) if owner or path == self.loss_path else self.tree, name)
+        return getattr(
+            self.whole.get_submodule(owner) if owner or path == self.loss_path else self.tree, name
+        )
 
     def shared(self) -> Program:
         """A program of its own module tree over the same tensors."""
@@ -204,7 +207,10 @@ def _free_name(tree: nn.Module, name: str) -> str:
 def _is_library(module: nn.Module) -> bool:
     """Whether a module is torch's own and no container: its forward is not the user's to change."""
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return type(module).__module__.startswith("torch.nn.modules") and type(module) not in (nn.Module, *containers)
+    return type(module).__module__.startswith("torch.nn.modules") and type(module) not in (
+        nn.Module,
+        *containers,
+    )
 
 
 @contextmanager
@@ -257,7 +263,7 @@ def _holder(function: Callable[..., Any]) -> nn.Module:
 def _capture_error(model: str, error: Exception) -> CaptureError:
     if isinstance(error, CaptureError):
         return error
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(LIBRARY)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_library(f.filename)]
     where, line = model, "forward"
     if frames:
         where = f"{_qualified(error, model)} ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})"
@@ -276,7 +282,7 @@ def _qualified(error: Exception, model: str) -> str:
     found, trace = model, error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        if not code.co_filename.startswith(LIBRARY):
+        if not is_library(code.co_filename):
             owner = trace.tb_frame.f_locals.get("self")
             found = f"{type(owner).__name__}.{code.co_name}" if owner is not None else code.co_qualname
         trace = trace.tb_next

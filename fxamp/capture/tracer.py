@@ -10,32 +10,27 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from types import FrameType
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
-from torch.overrides import TorchFunctionMode
-from torch.utils import _device
 
 from fxamp.capture.builtins import shadowed_builtins
-from fxamp.capture.calls import AutogradFunctionCall, assign
+from fxamp.capture.calls import assign
 from fxamp.capture.guards import guard_at
+from fxamp.capture.patches import autograd_functions, check_python_state, factories, modules_watched
 from fxamp.capture.proxy import AmpParameterProxy, AmpProxy
 from fxamp.capture.regions import RegionRecorder
+from fxamp.capture.source import user_frame, user_line
 
-__all__ = ["LIBRARY", "THIS", "WHOLE", "AmpTracer"]
+__all__ = ["THIS", "WHOLE", "AmpTracer"]
 
 THIS, WHOLE = "_this", "_whole"  # what a graph calls the converted module, and the model as one call
-
-LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
 
 # Modules whose behaviour depends on their own mode (which users switch one by one), or whose forward
 # is known not to trace.
@@ -54,10 +49,9 @@ class _Mark(NamedTuple):
     """Where a trace stood, to go back to when a module turns out not to be traceable."""
 
     last: fx.Node
-    proxies: dict[str, fx.Proxy]
+    proxies: int
     scope: tuple[str, Any]
     stack: dict[str, Any]
-    calls: dict[str, int]
     written: int
 
 
@@ -108,9 +102,9 @@ class AmpTracer(fx.Tracer):
         try:
             with ExitStack() as stack:
                 stack.enter_context(self._regions.recording())
-                stack.enter_context(self._watching_modules())
-                stack.enter_context(_factories_take_proxies(self))
-                stack.enter_context(_RecordFactories(self))
+                stack.enter_context(modules_watched(self._modules, self._read_training, self._set_attribute))
+                stack.enter_context(autograd_functions(self._record))
+                stack.enter_context(factories(self._record))
                 stack.enter_context(shadowed_builtins(*self._forwards, *self._sources))
                 return super().trace(self.root)
         finally:
@@ -126,7 +120,7 @@ class AmpTracer(fx.Tracer):
     def _call_entry(self, *proxies: fx.Proxy) -> Any:
         drawn = random.getstate()
         result = self._entry(*proxies)
-        _check_python_state(self.root, drawn)
+        check_python_state(self.root, drawn)
         return result
 
     def proxy(self, node: fx.Node) -> AmpProxy:
@@ -136,7 +130,7 @@ class AmpTracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         node.meta["module"] = self.scope.module_path
         node.meta["regions"] = self._regions.open
-        node.meta["source"] = _user_line(sys._getframe(1))
+        node.meta["source"] = user_line(sys._getframe(1))
         return node
 
     def path_of_module(self, mod: nn.Module) -> str:
@@ -155,7 +149,7 @@ class AmpTracer(fx.Tracer):
         mark, drawn = self._mark(), random.getstate()
         try:
             result = super().call_module(m, forward, args, kwargs)
-            _check_python_state(m, drawn)
+            check_python_state(m, drawn)
         except Exception as error:
             if m is self.root:
                 raise
@@ -198,7 +192,7 @@ class AmpTracer(fx.Tracer):
         return super().create_arg(a)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        frame = _user_frame(sys._getframe(1))
+        frame = user_frame(sys._getframe(1))
         guard = guard_at(frame) if frame is not None else None
         if guard is None:
             raise TraceError("branches on a tensor value")
@@ -213,7 +207,10 @@ class AmpTracer(fx.Tracer):
     # -- our own -----------------------------------------------------------------------------------
 
     def _emit(self, function: Callable[..., Any], *args: Any) -> fx.Proxy:
-        return self.create_proxy("call_function", function, args, {})
+        return self._record(function, args, {})
+
+    def _record(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
+        return self.create_proxy("call_function", function, args, kwargs)
 
     def _tensor_proxy(self, tensor: torch.Tensor) -> fx.Proxy:
         name = self._tensors.get(id(tensor)) or self._plain_attribute(tensor)
@@ -236,20 +233,18 @@ class AmpTracer(fx.Tracer):
     def _mark(self) -> _Mark:
         last = next(iter(reversed(self.graph.nodes)), self.graph._root)
         scope = (self.scope.module_path, self.scope.module_type)
-        return _Mark(last, dict(self._proxies), scope, dict(self.module_stack), dict(self.num_calls),
-                     len(self._written))
+        return _Mark(last, len(self._proxies), scope, dict(self.module_stack), len(self._written))
 
     def _go_back(self, mark: _Mark) -> None:
         for node in reversed(self.graph.nodes):
             if node is mark.last:
                 break
             self.graph.erase_node(node)
-        self._proxies = mark.proxies
+        for name in list(self._proxies)[mark.proxies :]:
+            del self._proxies[name]
         self.scope.module_path, self.scope.module_type = mark.scope
         self.module_stack.clear()
         self.module_stack.update(mark.stack)
-        self.num_calls.clear()
-        self.num_calls.update(mark.calls)
         self._undo_writes(mark.written)
 
     def _undo_writes(self, start: int) -> None:
@@ -260,34 +255,8 @@ class AmpTracer(fx.Tracer):
             else:
                 module.__dict__.pop(name, None)
 
-    @contextmanager
-    def _watching_modules(self) -> Iterator[None]:
-        """Sees attributes that a forward sets, and keeps the backward of autograd functions."""
-        set_module, apply = nn.Module.__setattr__, torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
-
-        def set_attribute(module: nn.Module, name: str, value: Any) -> None:
-            if id(module) not in self._modules:
-                set_module(module, name, value)
-            else:
-                self._set_attribute(module, name, value)
-
-        def apply_function(function: Any, *args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
-                return self.create_proxy("call_function", AutogradFunctionCall(function), args, kwargs)
-            return apply(function, *args, **kwargs)
-
-        def read_training(module: nn.Module) -> bool:
-            training = bool(module.__dict__["training"])
-            if id(module) in self._modules:
-                self.mode_readers[self._modules[id(module)]] = training
-            return training
-
-        with (
-            mock.patch.object(nn.Module, "training", property(read_training), create=True),
-            mock.patch.object(nn.Module, "__setattr__", set_attribute),
-            mock.patch.object(torch.autograd.Function, "apply", classmethod(apply_function)),
-        ):
-            yield
+    def _read_training(self, path: str, training: bool) -> None:
+        self.mode_readers[path] = training
 
     def _set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         existed = name in module.__dict__
@@ -301,65 +270,6 @@ class AmpTracer(fx.Tracer):
         module.__dict__[name] = value
 
 
-@contextmanager
-def _factories_take_proxies(tracer: AmpTracer) -> Iterator[None]:
-    """Lets sizes be traced values: ``torch.rand(x.shape[0], 1)`` would not get past its argument parser."""
-
-    def taking_proxies(factory: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
-                return tracer.create_proxy("call_function", factory, args, kwargs)
-            return factory(*args, **kwargs)
-
-        return call
-
-    named = {f.__name__: f for f in _device._device_constructors() if getattr(torch, f.__name__, None) is f}
-    with mock.patch.multiple(torch, **{name: taking_proxies(f) for name, f in named.items()}):
-        yield
-
-
-class _RecordFactories(TorchFunctionMode):
-    """Records tensors made from nothing (``torch.arange``, ``torch.rand``), which torch.fx would freeze."""
-
-    def __init__(self, tracer: AmpTracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-        self._factories = _device._device_constructors()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._factories:
-            return self._tracer.create_proxy("call_function", func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-
-def _check_python_state(module: nn.Module, drawn: Any) -> None:
-    """Refuses what a graph would silently freeze: random numbers of Python's, and values kept in containers."""
-    if random.getstate() != drawn:
-        random.setstate(drawn)
-        raise TraceError("draws from Python's random module, which a graph would freeze")
-    for name, value in module.__dict__.items():
-        if not name.startswith("_") and isinstance(value, list | dict | set) and _holds_proxy(value):
-            raise TraceError(f"keeps a traced value in self.{name}")
-
-
-def _holds_proxy(container: Any) -> bool:
-    values = container.values() if isinstance(container, dict) else container
-    return any(
-        isinstance(value, fx.Proxy) or (isinstance(value, list | dict) and _holds_proxy(value)) for value in values
-    )
-
-
 def _reason(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return text[0] if text else type(error).__name__
-
-
-def _user_frame(frame: FrameType | None) -> FrameType | None:
-    while frame is not None and frame.f_code.co_filename.startswith(LIBRARY):
-        frame = frame.f_back
-    return frame
-
-
-def _user_line(frame: FrameType | None) -> str:
-    found = _user_frame(frame)
-    return f"{found.f_code.co_filename}:{found.f_lineno}" if found is not None else ""

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
 from tabulate import tabulate, tabulate_formats
 from torch import fx
 
@@ -153,7 +152,11 @@ def _shrink(rows: list[list[Any]], columns: tuple[str, ...], index: int, least: 
     width = max(least, longest - max(0, widest - MAX_WIDTH))
     for row in rows:
         if len(row[index]) > width:
-            row[index] = f"{row[index][: width - 2]}.." if columns[index] != "module" else f"..{row[index][2 - width :]}"
+            row[index] = (
+                f"{row[index][: width - 2]}.."
+                if columns[index] != "module"
+                else f"..{row[index][2 - width :]}"
+            )
 
 
 def _check_known(word: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -12,7 +12,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["NOT_A_TENSOR", "UNKNOWN", "Flow", "Tensors", "Value", "element", "of_object", "outcome", "promoted", "tensors_in"]
+__all__ = [
+    "NOT_A_TENSOR",
+    "UNKNOWN",
+    "Flow",
+    "Tensors",
+    "Value",
+    "element",
+    "of_object",
+    "outcome",
+    "promoted",
+    "tensors_in",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +165,14 @@ def _promote_doubtful(inputs: tuple[Value, ...]) -> torch.dtype | None:
 
 
 def _result_type(inputs: tuple[Value, ...]) -> torch.dtype:
-    samples = [torch.empty(() if value.scalar else (1,), dtype=value.dtype, device="meta") for value in inputs]
+    samples = [
+        torch.empty(() if value.scalar else (1,), dtype=value.dtype, device="meta") for value in inputs
+    ]
     result = samples[0]
     for sample in samples[1:]:
-        result = torch.empty((1,) if result.dim() or sample.dim() else (), dtype=torch.result_type(result, sample), device="meta")
+        result = torch.empty(
+            (1,) if result.dim() or sample.dim() else (),
+            dtype=torch.result_type(result, sample),
+            device="meta",
+        )
     return result.dtype

@@ -77,7 +77,15 @@ def result_of(
         return _lookup_result(cast_inputs)
     kind = output_kind(aten, node.target, node.args, node.kwargs) if aten else None
     found = _ranked(aten, outcome(kind, cast_inputs), cast_inputs)
-    if aten in ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk", "unsafe_split"):
+    if aten in (
+        "chunk",
+        "split",
+        "split_with_sizes",
+        "tensor_split",
+        "unbind",
+        "unsafe_chunk",
+        "unsafe_split",
+    ):
         return Tensors(found) if isinstance(found, Value) else UNKNOWN
     return found
 
@@ -97,7 +105,9 @@ def _ranked(aten: str, flow: Flow, inputs: tuple[Value, ...]) -> Flow:
     return Value(flow.dtype, inputs[0].scalar) if aten in _KEEPS_RANK and inputs else flow
 
 
-def _cast_result(node: fx.Node, aten: str, inputs: tuple[Flow, ...], flow_of: Callable[[fx.Node], Flow]) -> Flow:
+def _cast_result(
+    node: fx.Node, aten: str, inputs: tuple[Flow, ...], flow_of: Callable[[fx.Node], Flow]
+) -> Flow:
     dtype = USER_CASTS[aten]
     source = inputs[0] if inputs else UNKNOWN
     scalar = source.scalar if isinstance(source, Value) else None

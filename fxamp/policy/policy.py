@@ -100,9 +100,14 @@ class Policy:
         Raises:
             PolicyError: when ``dtype`` or ``device_type`` contradicts the policy's own.
         """
-        for word, ours, asked in (("device_type", self.device_type, device_type), ("dtype", self.dtype, dtype)):
+        for word, ours, asked in (
+            ("device_type", self.device_type, device_type),
+            ("dtype", self.dtype, dtype),
+        ):
             if ours is not None and asked is not None and ours != asked:
-                raise PolicyError(f"{word} is {asked}, but the policy says {ours}", hint=f"give {word} only once")
+                raise PolicyError(
+                    f"{word} is {asked}, but the policy says {ours}", hint=f"give {word} only once"
+                )
         found = self.dtype or dtype or torch.get_autocast_dtype(device_type)
         return replace(self, device_type=device_type, dtype=check_low_dtype(found))
 

@@ -49,7 +49,9 @@ class _Inserter:
         decision = self._decisions[node.name]
         casts = {cast.slot: cast for cast in decision.casts}
         sources = argument_nodes(node)
-        low = {slot: self._cast(new[sources[slot]], casts[slot], decision) for slot in _cast_order(node, casts)}
+        low = {
+            slot: self._cast(new[sources[slot]], casts[slot], decision) for slot in _cast_order(node, casts)
+        }
         slots = itertools.count()
 
         def argument(source: fx.Node) -> fx.Node:
@@ -81,7 +83,13 @@ class _Inserter:
             node = self._graph.create_node("call_function", soft_cast, (value, cast.dtype), {}, name)
         else:
             node = self._graph.create_node("call_method", "to", (value, cast.dtype), {}, name)
-        node.meta = {"cast": cast, "module": decision.module, "source": decision.source, "regions": (), "for": decision.name}
+        node.meta = {
+            "cast": cast,
+            "module": decision.module,
+            "source": decision.source,
+            "regions": (),
+            "for": decision.name,
+        }
         if cast.share:
             self._shared.setdefault(cast.share, node)
         return node
@@ -115,6 +123,11 @@ def _called(
     if decision.how == "ambient":
         assert decision.state is not None
         if node.op == "call_module":
-            return "call_function", AmbientCall(None, device_type, decision.state), (module(call), *args), kwargs
+            return (
+                "call_function",
+                AmbientCall(None, device_type, decision.state),
+                (module(call), *args),
+                kwargs,
+            )
         return "call_function", AmbientCall(call, device_type, decision.state), args, kwargs
     return node.op, call, args, kwargs

@@ -70,7 +70,9 @@ def _only_castable(graph: fx.Graph, traced: fx.Graph, plan: PrecisionPlan) -> It
     for decision in plan:
         for cast in decision.casts:
             for value in tensors_in(decision.inputs[cast.slot]):
-                if not cast.soft and (value.dtype is None or not is_castable(value.dtype) or value.dtype == cast.dtype):
+                if not cast.soft and (
+                    value.dtype is None or not is_castable(value.dtype) or value.dtype == cast.dtype
+                ):
                     yield decision.name, f"'{cast.value}' of dtype {value.dtype} is cast to {cast.dtype}"
 
 
@@ -95,4 +97,10 @@ def _in_enabled_region(decision: Decision) -> bool:
 
 
 _Law = Callable[[fx.Graph, fx.Graph, PrecisionPlan], Iterator[Finding]]
-_LAWS: tuple[_Law, ...] = (_own_nodes_stay, _casts_as_planned, _only_castable, _writes_untouched, _full_is_free)
+_LAWS: tuple[_Law, ...] = (
+    _own_nodes_stay,
+    _casts_as_planned,
+    _only_castable,
+    _writes_untouched,
+    _full_is_free,
+)

@@ -7,7 +7,7 @@ it first comes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,7 +52,9 @@ class AmpModule(fx.GraphModule):
         """Becomes the root of the module tree: its tensors, submodules, hooks and mode."""
         inherited = nn.Module().__dict__
         for name, value in program.tree.__dict__.items():
-            if (name in inherited and not (program.has_loss and name in _CALL_HOOKS)) or isinstance(value, torch.Tensor):
+            if (name in inherited and not (program.has_loss and name in _CALL_HOOKS)) or isinstance(
+                value, torch.Tensor
+            ):
                 self.__dict__[name] = value
         self.__dict__["_modules"] = program.whole._modules
         for module in program.loss_tree.modules() if program.loss_tree is not None else ():
@@ -317,7 +319,9 @@ def inspect(amp: AmpModule) -> Inspection:
         FxampError: when ``amp`` is not a converted module.
     """
     if not isinstance(amp, AmpModule):
-        raise FxampError(f"found a {type(amp).__name__}: expected an AmpModule", hint="amp = fxamp.convert(model)")
+        raise FxampError(
+            f"found a {type(amp).__name__}: expected an AmpModule", hint="amp = fxamp.convert(model)"
+        )
     return Inspection(amp)
 
 
@@ -344,4 +348,6 @@ def _check_loss(loss: Any) -> None:
 
 def not_a_scalar(found: str) -> FxampError:
     """The error for a loss that gives something else."""
-    return FxampError(f"the loss returns {found}: expected one scalar", hint="reduce it, for example with .mean()")
+    return FxampError(
+        f"the loss returns {found}: expected one scalar", hint="reduce it, for example with .mean()"
+    )

@@ -16,7 +16,16 @@ import torch
 from fxamp.capture import AutocastState
 from fxamp.capture.packing import pack_callable, unpack_callable
 
-__all__ = ["AmbientCall", "DtypeCall", "HELD", "PromoteCall", "cast_weight", "execution_device_type", "leaf_cast", "soft_cast"]
+__all__ = [
+    "HELD",
+    "AmbientCall",
+    "DtypeCall",
+    "PromoteCall",
+    "cast_weight",
+    "execution_device_type",
+    "leaf_cast",
+    "soft_cast",
+]
 
 # Low copies of weights while ``AmpModule.hold_weights`` is active, else None.
 HELD: list[dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]]] = []
@@ -55,7 +64,11 @@ def leaf_cast(value: Any, dtype: torch.dtype, first: Any, source: Any) -> Any:
         return soft_cast(value, dtype)
     if not value.requires_grad:
         return first
-    cached = value.is_leaf and value.dtype == torch.float32 and (torch.compiler.is_compiling() or not value._is_view())
+    cached = (
+        value.is_leaf
+        and value.dtype == torch.float32
+        and (torch.compiler.is_compiling() or not value._is_view())
+    )
     return first if cached else soft_cast(value, dtype)
 
 

@@ -191,8 +191,14 @@ class Conversion:
             asked = replace(asked, dtype=None)
         program = self.program.shared()
         new = replace(
-            self, program=program, asked=asked, policy=asked.resolve(program.whole), variants=[],
-            traced=list(self.traced), scaler=GradScaler(enabled=False), held=None,
+            self,
+            program=program,
+            asked=asked,
+            policy=asked.resolve(program.whole),
+            variants=[],
+            traced=list(self.traced),
+            scaler=GradScaler(enabled=False),
+            held=None,
         )
         new._finish()
         if new.scaler.is_enabled() and self.scaler.is_enabled():
@@ -204,7 +210,11 @@ class Conversion:
         for aten, _ in self.policy.ops:
             if aten not in seen:
                 close = nearest(aten, seen)
-                hint = f"write 'aten::{close}'" if close else "print(amp.report()) lists the operators of the model"
+                hint = (
+                    f"write 'aten::{close}'"
+                    if close
+                    else "print(amp.report()) lists the operators of the model"
+                )
                 raise PolicyError(f"the override 'aten::{aten}' matches no operator of the model", hint=hint)
 
     def packed(self, pack: Callable[[fx.Graph], Any]) -> dict[str, Any]:

@@ -1,0 +1,30 @@
+"""Which line of the user's made this call?"""
+
+from __future__ import annotations
+
+import os
+from types import FrameType
+
+import torch
+
+__all__ = ["is_library", "user_frame", "user_line"]
+
+_LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
+
+
+def is_library(filename: str) -> bool:
+    """Whether a file belongs to torch or to fxamp."""
+    return filename.startswith(_LIBRARY)
+
+
+def user_frame(frame: FrameType | None) -> FrameType | None:
+    """The nearest frame that belongs to neither torch nor fxamp."""
+    while frame is not None and is_library(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def user_line(frame: FrameType | None) -> str:
+    """The user's file and line, as ``model.py:14``; "" when there is none."""
+    found = user_frame(frame)
+    return f"{found.f_code.co_filename}:{found.f_lineno}" if found is not None else ""

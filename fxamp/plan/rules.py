@@ -1,0 +1,85 @@
+"""Which rule does a call get, and why?
+
+The order: in-place calls are left alone; an override of the module; a region the user disabled; an
+override of the operator; the operator table; ``follow`` for an operator that autocast does not touch;
+``opaque`` for whatever cannot be seen into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from torch import fx
+
+from fxamp.capture import AutocastState
+from fxamp.errors import PlanError
+from fxamp.plan.calls import Call
+from fxamp.plan.decision import Decision
+from fxamp.plan.results import USER_CASTS
+from fxamp.policy import Policy, Ruling
+from fxamp.policy.operators import operator_rules, transparent
+
+__all__ = ["Rules", "banned"]
+
+# The user's own casts and the parts of a value are what they are, whatever the module's override.
+_EXEMPT: Final = frozenset({"getitem", "alias", *USER_CASTS})
+
+
+class Rules:
+    """The rules of one policy.
+
+    Args:
+        policy: with its device type resolved.
+        rulings: module path to the override that decides for it.
+    """
+
+    def __init__(self, policy: Policy, rulings: Mapping[str, Ruling]) -> None:
+        assert policy.device_type is not None
+        self._policy = policy
+        self._rulings = rulings
+        self._device_type = policy.device_type
+        self._ops = dict(policy.ops)
+
+    def ruling(self, node: fx.Node, call: Call, state: AutocastState) -> Ruling:
+        """The rule for a call in an autocast state; "opaque" when autocast has to decide inside it."""
+        if call.inplace:
+            return Ruling("follow", "in-place")
+        if self.overridden(node) and call.aten not in _EXEMPT:
+            return self._rulings[node.meta["module"]]
+        if node.meta["regions"] and not state.enabled:
+            return Ruling("follow", "region enabled=False")
+        if not state.enabled and call.aten not in self._ops:
+            return Ruling("follow", f"policy {self._policy.name}")
+        found = self._policy.operator_ruling(call.aten) if call.aten else None
+        if found is not None:
+            return found
+        if call.aten and (call.aten in _EXEMPT or transparent(call.aten, self._device_type)):
+            return Ruling("follow", "input dtype")
+        return Ruling("opaque", _why_opaque(node, call))
+
+    def overridden(self, node: fx.Node) -> bool:
+        """Whether the user has an override for the module that a call was made in."""
+        return node.meta["module"] in self._rulings
+
+    def may_meet(self, decision: Decision) -> bool:
+        """Whether an override can have brought two dtypes to a call that torch would not promote by itself."""
+        overridden = bool(self._policy.ops or self._policy.modules) and decision.reason != "in-place"
+        return overridden and operator_rules(self._device_type).get(decision.aten) == "lower"
+
+
+def banned(decision: Decision) -> PlanError:
+    """The error for an operator that autocast refuses to run."""
+    where = f" in module '{decision.module}'" if decision.module else ""
+    dtype = decision.state.dtype if decision.state is not None else "a low dtype"
+    return PlanError(
+        f"{decision.op} (node '{decision.name}'{where}, {decision.source}) is refused by torch.autocast: its "
+        f"result in {dtype} would not be safe",
+        hint="use torch.nn.functional.binary_cross_entropy_with_logits, which takes the value before sigmoid",
+    )
+
+
+def _why_opaque(node: fx.Node, call: Call) -> str:
+    if node.op == "call_module":
+        return node.meta.get("untraceable") or "module runs as a whole"
+    return f"{call.aten} calls others inside" if call.aten else "not an ATen operator"
