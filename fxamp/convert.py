@@ -85,8 +85,8 @@ def _build(
 
 def _check_loss(graph: fx.Graph, observer: FakeObserver) -> None:
     output = next(iter(reversed(graph.nodes)))
-    loss = output.args[0][0]  # type: ignore[index]
-    shape = observer.shape(loss) if isinstance(loss, fx.Node) else None
+    loss: Any = output.args[0]
+    shape = observer.shape(loss[0])
     if shape is not None and math.prod(shape) != 1:
         raise not_a_scalar(f"shape {shape}")
 

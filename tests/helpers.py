@@ -47,9 +47,7 @@ def run(
         output = model(*args, **kwargs)
     leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
     floating = [
-        t.double().sum() if t.dim() == 0 else (t.double() * _weights(t)).sum()
-        for t in leaves
-        if t.requires_grad
+        t.double().sum() if t.dim() == 0 else (t.double() * _weights(t)).sum() for t in leaves if t.requires_grad
     ]
     grads: dict[str, Any] = {}
     if floating:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ class Case(NamedTuple):
 
     make: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Any, ...]]
-    kwargs: dict[str, Any] = {}
+    kwargs: Mapping[str, Any] = MappingProxyType({})
     loss: Callable[..., Any] | None = None
     loss_args: Callable[[], tuple[Any, ...]] = tuple
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
@@ -35,8 +36,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         b, t, c = x.shape
         q, k, v = (
-            m(x).view(b, t, self.heads, c // self.heads).transpose(1, 2)
-            for m in (self.query, self.key, self.value)
+            m(x).view(b, t, self.heads, c // self.heads).transpose(1, 2) for m in (self.query, self.key, self.value)
         )
         scores = q @ k.transpose(-2, -1) / math.sqrt(c // self.heads)
         if mask is not None:
@@ -51,9 +51,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = Attention(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(0.1)
-        )
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(0.1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -84,9 +82,7 @@ class ResNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
-        )
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
         self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.fc = nn.Linear(8, 5)
@@ -140,9 +136,7 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate, self.shared = nn.Linear(8, 3), nn.Linear(8, 8)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(3)
-        )
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(3))
         self.register_buffer("load", torch.zeros(3))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,9 +212,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encode, self.mean, self.scale, self.decode = (
-            nn.Linear(a, b) for a, b in ((8, 8), (8, 2), (8, 2), (2, 8))
-        )
+        self.encode, self.mean, self.scale, self.decode = (nn.Linear(a, b) for a, b in ((8, 8), (8, 2), (8, 2), (2, 8)))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         hidden = F.elu(self.encode(x))
@@ -326,9 +318,7 @@ ZOO: dict[str, Case] = {
     ),
     "weights": Case(WeightTricks, _rows),
     "stack": Case(Stack, lambda: (torch.randn(2, 4, 8),)),
-    "arguments": Case(
-        MixedArguments, lambda: ({"x": torch.randn(4, 8)}, (torch.randn(4, 8), torch.randn(4, 8)))
-    ),
+    "arguments": Case(MixedArguments, lambda: ({"x": torch.randn(4, 8)}, (torch.randn(4, 8), torch.randn(4, 8)))),
     "arguments_given": Case(
         MixedArguments,
         lambda: ({"x": torch.randn(4, 8)}, (torch.randn(4, 8), torch.randn(4, 8))),

@@ -26,9 +26,7 @@ class TestSharing:
     def test_parameters_and_names_are_the_models(self) -> None:
         model = ResNet()
         amp = fxamp.convert(model)
-        assert {n: id(p) for n, p in amp.named_parameters()} == {
-            n: id(p) for n, p in model.named_parameters()
-        }
+        assert {n: id(p) for n, p in amp.named_parameters()} == {n: id(p) for n, p in model.named_parameters()}
         assert list(amp.state_dict()) == list(model.state_dict())
 
     def test_unused_and_tied_parameters_keep_their_keys(self) -> None:
@@ -117,7 +115,7 @@ class TestModes:
         amp = fxamp.convert(Outer())
         amp.inner.eval()
         with pytest.raises(
-            fxamp.CaptureError, match="submodule 'inner' has training=False.*traced with training=True"
+            fxamp.CaptureError, match=r"submodule 'inner' has training=False.*traced with training=True"
         ):
             amp(torch.ones(3))
 
@@ -199,9 +197,7 @@ class TestOwnNames:
                 return x
 
         model = Named()
-        amp = check_against_autocast(
-            model, torch.randn(2, 4), loss=nn.MSELoss(), loss_args=(torch.zeros(2, 4),)
-        )
+        amp = check_against_autocast(model, torch.randn(2, 4), loss=nn.MSELoss(), loss_args=(torch.zeros(2, 4),))
         assert list(amp.state_dict()) == list(model.state_dict())
         assert isinstance(amp.scaler, nn.Linear)
         assert isinstance(amp.policy, nn.Linear)
@@ -263,7 +259,7 @@ class TestFreeze:
 
 class TestHoldWeights:
     def test_no_weight_is_cast_twice_inside(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        model, amp = small()
+        _, amp = small()
         x = torch.randn(3, 8)
         amp(x)
         casts = []

@@ -115,9 +115,7 @@ def _passed_on(name: str, device_type: str, dtypes: tuple[torch.dtype, ...]) -> 
     def record(*args: Any, **kwargs: Any) -> None:
         leaves = tree_leaves((args, kwargs))
         named = {"dtype=" for leaf in leaves if leaf is torch.float32}
-        raise Reached(
-            {leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)} - {torch.int64} | named
-        )
+        raise Reached({leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)} - {torch.int64} | named)
 
     target = overload(name)
     arguments = {a.name: (a.kwarg_only, _invented(a, tensor)) for a in target._schema.arguments}
@@ -188,9 +186,7 @@ def test_rules_are_by_packet_and_forwarded() -> None:
 
 def test_an_unknown_device_type_is_an_error_with_the_nearest() -> None:
     for function in (operator_rules, lambda device_type: transparent("add", device_type)):
-        with pytest.raises(
-            PolicyError, match=r"unknown device type 'cud'.*\n\nhint: write device_type='cuda'"
-        ):
+        with pytest.raises(PolicyError, match=r"unknown device type 'cud'.*\n\nhint: write device_type='cuda'"):
             function("cud")
 
 
@@ -206,12 +202,8 @@ SAME_ON_BOTH = """
 
 
 def test_common_operators_are_transparent_where_autocast_leaves_them_alone() -> None:
-    assert [
-        name for name in SAME_ON_BOTH.split() if not (transparent(name, "cpu") and transparent(name, "cuda"))
-    ] == []
-    for name in (
-        "layer_norm softmax log_softmax exp sum group_norm rms_norm square arctan2 upsample_nearest2d".split()
-    ):
+    assert [name for name in SAME_ON_BOTH.split() if not (transparent(name, "cpu") and transparent(name, "cuda"))] == []
+    for name in "layer_norm softmax log_softmax exp sum group_norm rms_norm square arctan2 upsample_nearest2d".split():
         assert transparent(name, "cpu"), name
         assert not transparent(name, "cuda") or name in FORWARDS_TO["cuda"], name
     for name in "cat stack pad".split():
@@ -302,9 +294,7 @@ def same_bits(left: list[Any], right: list[Any]) -> bool:
 
 
 def cast(tree: Any, dtype: torch.dtype) -> Any:
-    return tree_map(
-        lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and is_castable(x.dtype) else x, tree
-    )
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and is_castable(x.dtype) else x, tree)
 
 
 def widest(tree: Any) -> torch.dtype:
@@ -346,9 +336,7 @@ def rules_of(device_type: str) -> Iterator[None]:
 
 def _autocast_kernel(name: str, rule: str) -> Callable[..., Any]:
     packet = getattr(torch.ops.aten, packet_of(name))
-    redispatched = by_hand(
-        rule, packet if packet_of(name) in ("norm", "softmax", "log_softmax") else overload(name)
-    )
+    redispatched = by_hand(rule, packet if packet_of(name) in ("norm", "softmax", "log_softmax") else overload(name))
     below = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
@@ -623,9 +611,7 @@ def check_kinds(count: int, dtypes: tuple[torch.dtype, ...], second: torch.dtype
         for dtype in dtypes:
             for args, kwargs in samples(info, count, dtype) if dtype in info.dtypes else ():
                 flat, spec = tree_flatten((args, kwargs))
-                floats = [
-                    i for i, x in enumerate(flat) if isinstance(x, torch.Tensor) and x.is_floating_point()
-                ]
+                floats = [i for i, x in enumerate(flat) if isinstance(x, torch.Tensor) and x.is_floating_point()]
                 for i in floats[1::2] if second is not None else ():
                     flat[i] = flat[i].to(second)
                 args, kwargs = tree_unflatten(flat, spec)
@@ -678,11 +664,7 @@ def test_integers_turn_floating_where_they_should() -> None:
 def test_the_arguments_tell_a_reduction_from_a_pair() -> None:
     assert output_kind("max") is None
     assert output_kind("max", torch.max, (X,)) == "first"
-    assert (
-        output_kind("max", torch.max, (X, 1))
-        == output_kind("max", "max", (X,), {"dim": 1})
-        == ("first", "int64")
-    )
+    assert output_kind("max", torch.max, (X, 1)) == output_kind("max", "max", (X,), {"dim": 1}) == ("first", "int64")
     assert output_kind("max", torch.max, (X, X)) is None
     assert output_kind("view", "view", (X, torch.int32)) is None
     assert output_kind("adaptive_max_pool2d") is None
@@ -701,9 +683,7 @@ def test_views_writes_and_pointwise_operators_are_told_by_torch() -> None:
     assert [name for name in _kinds() if not operators.is_aten(name)] == []
 
 
-@pytest.mark.parametrize(
-    ("name", "call"), [("real", torch.real), ("positive", torch.positive), ("conj", torch.conj)]
-)
+@pytest.mark.parametrize(("name", "call"), [("real", torch.real), ("positive", torch.positive), ("conj", torch.conj)])
 def test_a_kind_that_promises_a_new_tensor_keeps_the_promise(name: str, call: Callable[..., Any]) -> None:
     x = torch.ones(2)
     assert call(x) is x or call(x).data_ptr() == x.data_ptr()

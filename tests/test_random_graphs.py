@@ -32,8 +32,7 @@ class Program(nn.Module):
         self.lstm = nn.GRU(SIZE, SIZE)
         self.register_buffer("table", torch.randn(SIZE, SIZE))
         self.steps = [
-            (draw.choice(STEPS), draw.random(), draw.random(), draw.randrange(3))
-            for _ in range(draw.randint(3, 14))
+            (draw.choice(STEPS), draw.random(), draw.random(), draw.randrange(3)) for _ in range(draw.randint(3, 14))
         ]
         self.regions = [draw.choice([None, None, None, False, True]) for _ in self.steps]
 
@@ -194,7 +193,8 @@ def test_random_programs_are_bitwise_eager(policy: str, start: int) -> None:
             context = torch.autocast("cpu", torch.bfloat16) if policy == "autocast" else nullcontext()
             expected, expected_grads = run(theirs, (x, y), {}, context)
         except RuntimeError as error:
-            assert "dtype" in str(error) or "ScalarType" in str(error) or "inplace" in str(error), error
+            if not any(word in str(error) for word in ("dtype", "ScalarType", "inplace")):
+                raise
             continue  # what eager refuses (mixed dtypes in a disabled region) is not compared
         examples = (x.detach(), y) if seed % 2 else None
         amp = fxamp.convert(ours, dtype=torch.bfloat16, policy=policy, example_inputs=examples)
@@ -215,10 +215,7 @@ def test_the_laws_of_rewriting(policy: str) -> None:
         report = amp.report().to_dict()
         casts = [node for node in amp.graph.nodes if "cast" in node.meta]
         assert sum(row["casts"] for row in report["nodes"]) == report["totals"]["casts"] == len(casts)
-        assert (
-            report["totals"]["casts"]
-            == report["totals"]["weight_casts"] + report["totals"]["activation_casts"]
-        )
+        assert report["totals"]["casts"] == report["totals"]["weight_casts"] + report["totals"]["activation_casts"]
 
 
 def test_fast_never_has_more_casts_and_the_same_outputs() -> None:

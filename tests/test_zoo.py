@@ -9,9 +9,7 @@ from tests.helpers import check_against_autocast
 from tests.models import ZOO
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [(name, dtype) for name, case in ZOO.items() for dtype in case.dtypes]
-)
+@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name, case in ZOO.items() for dtype in case.dtypes])
 def test_autocast_is_bitwise_eager_autocast(name: str, dtype: torch.dtype) -> None:
     case = ZOO[name]
     model = case.make()

@@ -31,7 +31,7 @@ class AutogradFunctionCall:
         return f"{self.function.__name__}_apply"
 
     def __call__(self, *args: Any) -> Any:
-        return self.function.apply(*args)
+        return self.function.apply(*args)  # type: ignore[no-untyped-call]
 
 
 @fx.node.has_side_effect

@@ -42,7 +42,8 @@ def factories(record: Record) -> Iterator[None]:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return record(func, args, kwargs or {}) if func in made else func(*args, **(kwargs or {}))
 
-    named = {f.__name__: f for f in made if getattr(torch, f.__name__, None) is f}
+    names = (getattr(factory, "__name__", "") for factory in made)
+    named = {name: getattr(torch, name) for name in names if getattr(torch, name, None) in made}
     with mock.patch.multiple(torch, **{name: taking_proxies(f) for name, f in named.items()}), Recording():
         yield
 
@@ -50,7 +51,7 @@ def factories(record: Record) -> Iterator[None]:
 @contextmanager
 def autograd_functions(record: Record) -> Iterator[None]:
     """Records ``Function.apply`` as one call, so that its own backward is kept."""
-    apply = torch.autograd.Function.apply.__func__
+    apply: Any = vars(torch.autograd.Function)["apply"].__func__
 
     def apply_function(function: Any, *args: Any, **kwargs: Any) -> Any:
         if _has_proxy(args, kwargs):
@@ -117,6 +118,5 @@ def _has_proxy(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 def _holds_proxy(container: Any) -> bool:
     values = container.values() if isinstance(container, dict) else container
     return any(
-        isinstance(value, fx.Proxy) or (isinstance(value, list | dict) and _holds_proxy(value))
-        for value in values
+        isinstance(value, fx.Proxy) or (isinstance(value, list | dict) and _holds_proxy(value)) for value in values
     )

@@ -73,10 +73,10 @@ class Program:
         self._function = None if owner is not None else model
         self._holder = owner if owner is not None else _holder(model)
         self.extras: dict[str, torch.Tensor] = {}
-        is_module = isinstance(loss, nn.Module)
-        self.tree, self.loss_tree = clone_trees(self._holder, loss if is_module else None)
-        self.loss_path = _free_name(self.tree, "loss") if is_module else ""
-        self._loss = None if is_module else loss
+        loss_module = loss if isinstance(loss, nn.Module) else None
+        self.tree, self.loss_tree = clone_trees(self._holder, loss_module)
+        self.loss_path = "" if loss_module is None else _free_name(self.tree, "loss")
+        self._loss = loss if loss_module is None else None
         self.has_loss = loss is not None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,9 +109,7 @@ class Program:
         if path in (THIS, WHOLE):
             return self.tree
         owner, _, name = path.rpartition(".")
-        return getattr(
-            self.whole.get_submodule(owner) if owner or path == self.loss_path else self.tree, name
-        )
+        return getattr(self.whole.get_submodule(owner) if owner or path == self.loss_path else self.tree, name)
 
     def shared(self) -> Program:
         """A program of its own module tree over the same tensors."""

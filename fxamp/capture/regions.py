@@ -109,7 +109,8 @@ class RegionRecorder:
     def _grad_enter(self, original: Any, region: Any, *args: Any) -> None:
         # torch.no_grad enters through torch.set_grad_enabled: only the outer one is recorded.
         if self._inside:
-            return original(region, *args)
+            original(region, *args)
+            return
         before = self._emit(torch.is_grad_enabled)
         self._inside = True
         original(region, *args)

@@ -30,7 +30,7 @@ class Report:
 
     Example::
 
-        >>> import fxamp
+        >>> import fxamp, torch
         >>> amp = fxamp.convert(torch.nn.Linear(4, 4), dtype=torch.bfloat16, device_type="cpu")
         >>> print(amp.report().table(columns=("name", "op", "rule", "casts", "why")))
         name     op           rule      casts  why
@@ -97,7 +97,8 @@ def report_of(model: str, plan: PrecisionPlan, graph: fx.Graph) -> Report:
         graph: the rewritten graph; the casts are counted in it.
     """
     policy = plan.policy
-    assert policy.device_type is not None and policy.dtype is not None
+    assert policy.device_type is not None
+    assert policy.dtype is not None
     casts = Counter(node.meta["for"] for node in graph.nodes if "cast" in node.meta)
     weights = sum(node.meta["cast"].weight for node in graph.nodes if "cast" in node.meta)
     decisions = [decision for decision in plan if decision.op != "get_attr"]
@@ -107,9 +108,7 @@ def report_of(model: str, plan: PrecisionPlan, graph: fx.Graph) -> Report:
     totals = {"nodes": len(nodes), **{rule: rules[rule] for rule in _COUNTED}}
     totals.update(casts=total, weight_casts=weights, activation_casts=total - weights)
     unknown = sum(_is_unknown(decision.output) for decision in decisions)
-    return Report(
-        model, policy.name, policy.device_type, abbreviate(policy.dtype), plan.mode, nodes, totals, unknown
-    )
+    return Report(model, policy.name, policy.device_type, abbreviate(policy.dtype), plan.mode, nodes, totals, unknown)
 
 
 def _row(decision: Decision, casts: int) -> dict[str, Any]:
@@ -153,9 +152,7 @@ def _shrink(rows: list[list[Any]], columns: tuple[str, ...], index: int, least: 
     for row in rows:
         if len(row[index]) > width:
             row[index] = (
-                f"{row[index][: width - 2]}.."
-                if columns[index] != "module"
-                else f"..{row[index][2 - width :]}"
+                f"{row[index][: width - 2]}.." if columns[index] != "module" else f"..{row[index][2 - width :]}"
             )
 
 

@@ -124,11 +124,7 @@ def read_call(node: fx.Node, module_of: Callable[[str], Any]) -> Call:
 
 
 def _module_call(module: nn.Module) -> Call:
-    op = (
-        f"nn.{type(module).__name__}"
-        if type(module).__module__.startswith("torch.nn")
-        else type(module).__name__
-    )
+    op = f"nn.{type(module).__name__}" if type(module).__module__.startswith("torch.nn") else type(module).__name__
     if not any(getattr(module, name, None) for name in _HOOKS):
         for kind, aten in _LEAF_OPERATORS:
             if isinstance(module, kind) and type(module).__module__.startswith("torch.nn."):

@@ -165,9 +165,7 @@ def _promote_doubtful(inputs: tuple[Value, ...]) -> torch.dtype | None:
 
 
 def _result_type(inputs: tuple[Value, ...]) -> torch.dtype:
-    samples = [
-        torch.empty(() if value.scalar else (1,), dtype=value.dtype, device="meta") for value in inputs
-    ]
+    samples = [torch.empty(() if value.scalar else (1,), dtype=value.dtype, device="meta") for value in inputs]
     result = samples[0]
     for sample in samples[1:]:
         result = torch.empty(

@@ -76,7 +76,7 @@ class FakeObserver:
     def _call_module(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         # Its tensors are swapped for fakes, so that a buffer it updates is not the user's.
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        fakes = {name: self._mode.from_tensor(tensor) for name, tensor in state.items()}
+        fakes: dict[str, torch.Tensor] = {name: self._fake(tensor) for name, tensor in state.items()}
         return torch.func.functional_call(module, fakes, args, kwargs)
 
     def _run(self, node: fx.Node, decision: Decision) -> Any:

@@ -126,9 +126,7 @@ class _Planner:
         """A call that cannot be seen into: autocast decides inside it, at run time."""
         assert decision.state is not None
         enabled = decision.rule not in ("fp32", "follow")
-        casts = ()
-        if decision.rule == "fp32":
-            casts = self._casts(node, torch.float32, decision, share=False)
+        casts = self._casts(node, torch.float32, decision, share=False) if decision.rule == "fp32" else ()
         if enabled:
             self.sharing.note_ambient(node, decision.inputs)
         output = Value(_AUTOCAST_GIVES.get(decision.aten)) if enabled else UNKNOWN
@@ -173,9 +171,7 @@ class _Planner:
             return torch.float32, "call"
         return (low, "call") if dtypes <= {low} else (None, "promote")
 
-    def _casts(
-        self, node: fx.Node, target: torch.dtype, decision: Decision, *, share: bool = True
-    ) -> tuple[Cast, ...]:
+    def _casts(self, node: fx.Node, target: torch.dtype, decision: Decision, *, share: bool = True) -> tuple[Cast, ...]:
         assert decision.state is not None
         casts = []
         for slot, (source, flow) in enumerate(zip(argument_nodes(node), decision.inputs, strict=True)):
@@ -186,9 +182,7 @@ class _Planner:
                 casts.append(self.sharing.shared(cast, source, decision.state) if share else cast)
         return tuple(casts)
 
-    def _result(
-        self, node: fx.Node, call: Call, inputs: tuple[Flow, ...], cast_inputs: tuple[Value, ...]
-    ) -> Flow:
+    def _result(self, node: fx.Node, call: Call, inputs: tuple[Flow, ...], cast_inputs: tuple[Value, ...]) -> Flow:
         return result_of(node, call.aten, inputs, cast_inputs, self._flows.__getitem__)
 
 

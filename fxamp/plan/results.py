@@ -105,9 +105,7 @@ def _ranked(aten: str, flow: Flow, inputs: tuple[Value, ...]) -> Flow:
     return Value(flow.dtype, inputs[0].scalar) if aten in _KEEPS_RANK and inputs else flow
 
 
-def _cast_result(
-    node: fx.Node, aten: str, inputs: tuple[Flow, ...], flow_of: Callable[[fx.Node], Flow]
-) -> Flow:
+def _cast_result(node: fx.Node, aten: str, inputs: tuple[Flow, ...], flow_of: Callable[[fx.Node], Flow]) -> Flow:
     dtype = USER_CASTS[aten]
     source = inputs[0] if inputs else UNKNOWN
     scalar = source.scalar if isinstance(source, Value) else None

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
-from torch import fx, nn
 import torch
+from torch import fx, nn
 
 from fxamp.capture import AutocastState
 from fxamp.dtypes import is_castable
@@ -70,7 +70,7 @@ class Sharing:
         weight = isinstance(value, nn.Parameter)
         self._leaves[source.name] = self._leaf(source)
         is_leaf = origin.op == "placeholder" or (
-            isinstance(value, torch.Tensor) and (weight and value.dtype == torch.float32 or not value.requires_grad)
+            isinstance(value, torch.Tensor) and ((weight and value.dtype == torch.float32) or not value.requires_grad)
         )
         cached = cast.dtype == state.dtype and state.cache_enabled and is_leaf
         if not (self._everything or cached):

@@ -365,10 +365,7 @@ FORWARDS_TO: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
 )
 
 SAME: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
-    {
-        device_type: frozenset(k for k, v in cells.items() if v == "same")
-        for device_type, cells in _CELLS.items()
-    }
+    {device_type: frozenset(k for k, v in cells.items() if v == "same") for device_type, cells in _CELLS.items()}
 )
 
 UNDER_AUTOCAST: Final[Mapping[str, frozenset[str]]] = MappingProxyType(

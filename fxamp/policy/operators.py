@@ -31,9 +31,7 @@ _SPLIT_PACKETS: Final = {
 
 def _parse(table: str) -> Mapping[str, Mapping[str, str]]:
     header, *rows = (line.split() for line in table.strip().splitlines())
-    return MappingProxyType(
-        {row[0]: MappingProxyType(dict(zip(header[1:], row[1:], strict=True))) for row in rows}
-    )
+    return MappingProxyType({row[0]: MappingProxyType(dict(zip(header[1:], row[1:], strict=True))) for row in rows})
 
 
 OPERATORS: Final[Mapping[str, Mapping[str, str]]] = _parse(TABLE)

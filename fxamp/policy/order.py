@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["casts_last_argument_first"]
 
 
-class _FirstCast(TorchDispatchMode):
+class _FirstCast(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remembers the shape of the first tensor that is cast."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shape: tuple[int, ...] = ()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,4 +40,4 @@ def casts_last_argument_first() -> bool:
     left, right = torch.zeros(1, 2), torch.zeros(2, 3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), _FirstCast() as seen:
         torch.mm(left, right)
-    return seen.shape == tuple(right.shape)
+    return bool(seen.shape == tuple(right.shape))

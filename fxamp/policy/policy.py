@@ -105,9 +105,7 @@ class Policy:
             ("dtype", self.dtype, dtype),
         ):
             if ours is not None and asked is not None and ours != asked:
-                raise PolicyError(
-                    f"{word} is {asked}, but the policy says {ours}", hint=f"give {word} only once"
-                )
+                raise PolicyError(f"{word} is {asked}, but the policy says {ours}", hint=f"give {word} only once")
         found = self.dtype or dtype or torch.get_autocast_dtype(device_type)
         return replace(self, device_type=device_type, dtype=check_low_dtype(found))
 

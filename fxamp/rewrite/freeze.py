@@ -7,6 +7,7 @@ that is also used as it is keeps its dtype, and its low copies become buffers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -81,6 +82,6 @@ def _store(tree: nn.Module, names: list[str], low: torch.Tensor) -> None:
         tree.get_submodule(path)._parameters[last] = parameter
 
 
-def _get(tree: nn.Module, path: str) -> object:
+def _get(tree: nn.Module, path: str) -> Any:
     owner, _, last = path.rpartition(".")
     return getattr(tree.get_submodule(owner), last, None)

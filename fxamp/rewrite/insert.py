@@ -49,9 +49,7 @@ class _Inserter:
         decision = self._decisions[node.name]
         casts = {cast.slot: cast for cast in decision.casts}
         sources = argument_nodes(node)
-        low = {
-            slot: self._cast(new[sources[slot]], casts[slot], decision) for slot in _cast_order(node, casts)
-        }
+        low = {slot: self._cast(new[sources[slot]], casts[slot], decision) for slot in _cast_order(node, casts)}
         slots = itertools.count()
 
         def argument(source: fx.Node) -> fx.Node:

@@ -70,9 +70,7 @@ def _only_castable(graph: fx.Graph, traced: fx.Graph, plan: PrecisionPlan) -> It
     for decision in plan:
         for cast in decision.casts:
             for value in tensors_in(decision.inputs[cast.slot]):
-                if not cast.soft and (
-                    value.dtype is None or not is_castable(value.dtype) or value.dtype == cast.dtype
-                ):
+                if not cast.soft and (value.dtype is None or not is_castable(value.dtype) or value.dtype == cast.dtype):
                     yield decision.name, f"'{cast.value}' of dtype {value.dtype} is cast to {cast.dtype}"
 
 

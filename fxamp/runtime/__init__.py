@@ -1,7 +1,8 @@
 """What lives in a converted module."""
 
-from fxamp.runtime.amp_module import AmpModule, Inspection, inspect
+from fxamp.runtime.amp_module import AmpModule, inspect
 from fxamp.runtime.conversion import Asked, Conversion, Stages, Variant
+from fxamp.runtime.inspection import Inspection
 from fxamp.runtime.scaler import GradScaler
 
 __all__ = ["AmpModule", "Asked", "Conversion", "GradScaler", "Inspection", "Stages", "Variant", "inspect"]

@@ -7,8 +7,9 @@ it first comes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import copy
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
 from fxamp.runtime.casts import HELD, AmbientCall, execution_device_type
 from fxamp.runtime.conversion import Conversion, Variant
+from fxamp.runtime.inspection import Inspection
 from fxamp.runtime.scaler import GradScaler
 
-__all__ = ["AmpModule", "Inspection", "inspect", "not_a_scalar"]
+__all__ = ["AmpModule", "inspect", "not_a_scalar"]
 
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BAKED = (bool, str, type(None))
@@ -64,7 +66,7 @@ class AmpModule(fx.GraphModule):
         """A submodule, parameter or buffer of the model hides the attribute of ours that has its name."""
         for name in _OURS:
             if name in self._modules or name in self._parameters or name in self._buffers:
-                setattr(type(self), name, property(lambda self, name=name: nn.Module.__getattr__(self, name)))
+                setattr(type(self), name, property(functools.partial(_own, name=name)))
 
     # -- running -----------------------------------------------------------------------------------
 
@@ -78,10 +80,7 @@ class AmpModule(fx.GraphModule):
         """
         conversion = self._conversion
         plain = not kwargs and len(args) == conversion.positional and not any(type(a) in _BAKED for a in args)
-        if plain:
-            variant, values = conversion.base, args
-        else:
-            variant, values = self._variant_for(args, kwargs)
+        variant, values = (conversion.base, args) if plain else self._variant_for(args, kwargs)
         for module, training in variant.mode_flags:
             if module.training is not training:
                 raise _other_mode(self, module, training)
@@ -112,7 +111,7 @@ class AmpModule(fx.GraphModule):
             leave_inference_modes(depth)
             torch._C._set_grad_enabled(grad_mode)
 
-    def _variant_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Variant, list[Any]]:
+    def _variant_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Variant, Sequence[Any]]:
         conversion = self._conversion
         values = conversion.program.signature.bind(args, kwargs)
         layout = conversion.program.signature.layout(values)
@@ -174,7 +173,7 @@ class AmpModule(fx.GraphModule):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> AmpModule:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._conversion.follow_device():
             self._activate()
             self._conversion.scaler._bind(self)
@@ -188,16 +187,19 @@ class AmpModule(fx.GraphModule):
     def _whole(self) -> nn.Module:
         return self._conversion.program.tree  # the model as one call, when it could not be traced into
 
+    def _remade(self, conversion: Conversion) -> AmpModule:
+        """A module of another conversion."""
+        return AmpModule(conversion)
+
     # -- copies ------------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._conversion.packed(pack_graph), self.training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AmpModule:
-        import copy
-
         function, arguments = self.__reduce__()
-        new = memo[id(self)] = function(*copy.deepcopy(arguments, memo))
+        new: AmpModule = function(*copy.deepcopy(arguments, memo))
+        memo[id(self)] = new
         return new
 
     def __copy__(self) -> AmpModule:
@@ -256,62 +258,6 @@ class AmpModule(fx.GraphModule):
 _OURS = ("policy", "plan", "scaler", "report", "replan", "freeze", "hold_weights")
 
 
-class Inspection:
-    """What the attributes of an ``AmpModule`` stand for, also where the model's own names hide them."""
-
-    def __init__(self, amp: AmpModule) -> None:
-        self._amp = amp
-        self._conversion = amp._conversion
-
-    @property
-    def policy(self) -> Policy:
-        """The policy, with its device type and dtype resolved."""
-        return self._conversion.policy
-
-    @property
-    def plan(self) -> PrecisionPlan:
-        """The decisions of the graph of the current mode."""
-        return self._conversion.base.plan
-
-    @property
-    def scaler(self) -> GradScaler:
-        """The paired gradient scaler."""
-        return self._conversion.scaler
-
-    def report(self) -> Any:
-        """The decisions as a ``fxamp.Report``."""
-        variant = self._conversion.base
-        return self._conversion.stages.report(self._conversion.program.name, variant.plan, variant.graph)
-
-    def replan(self, policy: str | Policy) -> AmpModule:
-        """A new module under another policy."""
-        amp = AmpModule(self._conversion.replanned(Policy.of(policy)))
-        return amp.train(self._amp.training)
-
-    def freeze(self) -> AmpModule:
-        """A new module for inference with low weights."""
-        conversion = self._conversion.replanned(self._conversion.policy)
-        conversion.mode = "eval"
-        conversion.stages.freeze(conversion)
-        amp = AmpModule(conversion)
-        for parameter in amp.parameters():
-            parameter.requires_grad_(False)
-        return amp.eval()
-
-    @contextmanager
-    def hold_weights(self) -> Iterator[None]:
-        """A context in which no weight is cast twice."""
-        conversion = self._conversion
-        outer, conversion.held = conversion.held, {}
-        torch.autocast_increment_nesting()
-        try:
-            yield
-        finally:
-            conversion.held = outer
-            if torch.autocast_decrement_nesting() == 0:
-                torch.clear_autocast_cache()
-
-
 def inspect(amp: AmpModule) -> Inspection:
     """Policy, plan, report and scaler of a converted module, whatever its submodules are called.
 
@@ -319,10 +265,12 @@ def inspect(amp: AmpModule) -> Inspection:
         FxampError: when ``amp`` is not a converted module.
     """
     if not isinstance(amp, AmpModule):
-        raise FxampError(
-            f"found a {type(amp).__name__}: expected an AmpModule", hint="amp = fxamp.convert(model)"
-        )
+        raise FxampError(f"found a {type(amp).__name__}: expected an AmpModule", hint="amp = fxamp.convert(model)")
     return Inspection(amp)
+
+
+def _own(amp: AmpModule, name: str) -> Any:
+    return nn.Module.__getattr__(amp, name)
 
 
 def _restore(packed: Any, training: bool) -> AmpModule:
@@ -348,6 +296,4 @@ def _check_loss(loss: Any) -> None:
 
 def not_a_scalar(found: str) -> FxampError:
     """The error for a loss that gives something else."""
-    return FxampError(
-        f"the loss returns {found}: expected one scalar", hint="reduce it, for example with .mean()"
-    )
+    return FxampError(f"the loss returns {found}: expected one scalar", hint="reduce it, for example with .mean()")

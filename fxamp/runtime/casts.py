@@ -64,11 +64,7 @@ def leaf_cast(value: Any, dtype: torch.dtype, first: Any, source: Any) -> Any:
         return soft_cast(value, dtype)
     if not value.requires_grad:
         return first
-    cached = (
-        value.is_leaf
-        and value.dtype == torch.float32
-        and (torch.compiler.is_compiling() or not value._is_view())
-    )
+    cached = value.is_leaf and value.dtype == torch.float32 and (torch.compiler.is_compiling() or not value._is_view())
     return first if cached else soft_cast(value, dtype)
 
 

@@ -210,18 +210,13 @@ class Conversion:
         for aten, _ in self.policy.ops:
             if aten not in seen:
                 close = nearest(aten, seen)
-                hint = (
-                    f"write 'aten::{close}'"
-                    if close
-                    else "print(amp.report()) lists the operators of the model"
-                )
+                hint = f"write 'aten::{close}'" if close else "print(amp.report()) lists the operators of the model"
                 raise PolicyError(f"the override 'aten::{aten}' matches no operator of the model", hint=hint)
 
     def packed(self, pack: Callable[[fx.Graph], Any]) -> dict[str, Any]:
         """The state as picklable data."""
         variants = [
-            (mode, replace(v.traced, graph=pack(v.traced.graph)), v.plan, pack(v.graph))
-            for mode, v in self.variants
+            (mode, replace(v.traced, graph=pack(v.traced.graph)), v.plan, pack(v.graph)) for mode, v in self.variants
         ]
         names = ("program", "asked", "stages", "policy", "mode", "layout", "scaler")
         return {"variants": variants, **{name: getattr(self, name) for name in names}}

@@ -1,0 +1,74 @@
+"""What belongs to a converted module beside its graph: policy, plan, report, scaler, and its copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxamp.plan import PrecisionPlan
+from fxamp.policy import Policy
+from fxamp.runtime.scaler import GradScaler
+
+if TYPE_CHECKING:
+    from fxamp.runtime.amp_module import AmpModule
+
+__all__ = ["Inspection"]
+
+
+class Inspection:
+    """What the attributes of an ``AmpModule`` stand for, also where the model's own names hide them."""
+
+    def __init__(self, amp: AmpModule) -> None:
+        self._amp = amp
+        self._conversion = amp._conversion
+
+    @property
+    def policy(self) -> Policy:
+        """The policy, with its device type and dtype resolved."""
+        return self._conversion.policy
+
+    @property
+    def plan(self) -> PrecisionPlan:
+        """The decisions of the graph of the current mode."""
+        return self._conversion.base.plan
+
+    @property
+    def scaler(self) -> GradScaler:
+        """The paired gradient scaler."""
+        return self._conversion.scaler
+
+    def report(self) -> Any:
+        """The decisions as a ``fxamp.Report``."""
+        variant = self._conversion.base
+        return self._conversion.stages.report(self._conversion.program.name, variant.plan, variant.graph)
+
+    def replan(self, policy: str | Policy) -> AmpModule:
+        """A new module under another policy."""
+        amp = self._amp._remade(self._conversion.replanned(Policy.of(policy)))
+        return amp.train(self._amp.training)
+
+    def freeze(self) -> AmpModule:
+        """A new module for inference with low weights."""
+        conversion = self._conversion.replanned(self._conversion.policy)
+        conversion.mode = "eval"
+        conversion.stages.freeze(conversion)
+        amp = self._amp._remade(conversion)
+        for parameter in amp.parameters():
+            parameter.requires_grad_(False)
+        return amp.eval()
+
+    @contextmanager
+    def hold_weights(self) -> Iterator[None]:
+        """A context in which no weight is cast twice."""
+        conversion = self._conversion
+        outer, conversion.held = conversion.held, {}
+        torch.autocast_increment_nesting()
+        try:
+            yield
+        finally:
+            conversion.held = outer
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
