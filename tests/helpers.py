@@ -68,9 +68,10 @@ def check_against_autocast(
     policy: str = "autocast",
     modes: tuple[bool, ...] = (True, False),
     calls: int = 2,
+    device: str = "cpu",
     **kwargs: Any,
 ) -> fxamp.AmpModule:
-    """Outputs, gradients and buffers equal eager ``torch.autocast("cpu")`` bitwise, in both modes.
+    """Outputs, gradients and buffers equal eager ``torch.autocast(device)`` bitwise, in both modes.
 
     Policy "full" is compared with the model as it is.
     """
@@ -87,7 +88,7 @@ def check_against_autocast(
         expected_model.train(training)
         amp.train(training)
         for call in range(calls):
-            context = torch.autocast("cpu", dtype) if policy == "autocast" else nullcontext()
+            context = torch.autocast(device, dtype) if policy == "autocast" else nullcontext()
             with quiet():
                 expected, _ = run(reference, (*args, *loss_args), kwargs, context, seed=call)
                 found, grads = run(amp, (*args, *loss_args), kwargs, nullcontext(), seed=call)
