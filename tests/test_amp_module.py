@@ -398,6 +398,14 @@ class TestTorch:
         amp.double().float()
         assert amp(torch.randn(2, 8)).dtype == torch.bfloat16
 
+    def test_another_dtype_of_the_weights_is_planned_anew(self) -> None:
+        model, amp = small(example_inputs=(torch.randn(2, 8),))
+        model, x = copy.deepcopy(model).double().eval(), torch.randn(2, 8, dtype=torch.float64)
+        amp.double().eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same(amp(x), model(x))
+        assert amp.report().totals["weight_casts"] == 0
+
     def test_functional_call(self) -> None:
         model, amp = small()
         amp.eval()

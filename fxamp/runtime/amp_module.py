@@ -174,7 +174,7 @@ class AmpModule(fx.GraphModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> AmpModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._conversion.follow_device():
+        if self._conversion.follow_tensors():
             self._activate()
             self._conversion.scaler._bind(self)
         return self

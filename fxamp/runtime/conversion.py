@@ -78,6 +78,7 @@ class Conversion:
         variants: (mode, layout) to graph, in the order they came.
         layout: of the call that ``graph`` and the report show.
         examples: the values of its placeholders, when example inputs were given.
+        dtypes: those of the parameters and buffers when the graphs were planned.
     """
 
     program: Program
@@ -91,6 +92,7 @@ class Conversion:
     variants: list[tuple[str, Variant]] = field(default_factory=list)
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
     held: dict[Any, Any] | None = None
+    dtypes: tuple[torch.dtype, ...] = ()
 
     @staticmethod
     def start(
@@ -112,6 +114,7 @@ class Conversion:
 
     def _finish(self) -> None:
         """Plans everything traced, and pairs the scaler."""
+        self.dtypes = _dtypes(self.program.whole)
         self.variants = [(mode, self._build(mode, traced)) for mode, traced in self.traced]
         self._check_op_overrides()
         device_type = self.policy.device_type or "cpu"
@@ -173,12 +176,13 @@ class Conversion:
                 return variant
         return None
 
-    def follow_device(self) -> bool:
-        """Plans anew when the model was moved to a device with other rules; whether it was."""
-        policy = self.asked.resolve(self.program.whole)
-        if policy == self.policy:
+    def follow_tensors(self) -> bool:
+        """Plans anew when the tensors are on a device with other rules, or of other dtypes; whether they are."""
+        policy, dtypes = self.asked.resolve(self.program.whole), _dtypes(self.program.whole)
+        if (policy, dtypes) == (self.policy, self.dtypes):
             return False
         self.policy, self.variants = policy, []
+        self.examples = None  # they were for the tensors as they had been
         self._finish()
         return True
 
@@ -218,7 +222,7 @@ class Conversion:
         variants = [
             (mode, replace(v.traced, graph=pack(v.traced.graph)), v.plan, pack(v.graph)) for mode, v in self.variants
         ]
-        names = ("program", "asked", "stages", "policy", "mode", "layout", "scaler")
+        names = ("program", "asked", "stages", "policy", "mode", "layout", "scaler", "dtypes")
         return {"variants": variants, **{name: getattr(self, name) for name in names}}
 
     @staticmethod
@@ -267,6 +271,10 @@ def _flags(tree: nn.Module, mode: str) -> dict[str, bool]:
         path: module.training if mode == "as_is" else mode == "train"
         for path, module in tree.named_modules(remove_duplicate=False)
     }
+
+
+def _dtypes(tree: nn.Module) -> tuple[torch.dtype, ...]:
+    return tuple(tensor.dtype for tensor in (*tree.parameters(), *tree.buffers()))
 
 
 def _device_type(tree: nn.Module) -> str:
