@@ -151,8 +151,8 @@ class _Planner:
         casts = self._casts(node, target, decision) if target is not None else ()
         cast_inputs = _after(decision.inputs, casts)
         output = self._result(node, call, decision.inputs, cast_inputs)
-        lowered = target if any(value.dtype in (None, target) for value in cast_inputs) else None
-        return replace(decision, casts=casts, how=how, runs_in=lowered or promoted(cast_inputs), output=output)
+        runs_in = _computes_in(target, cast_inputs, output)
+        return replace(decision, casts=casts, how=how, runs_in=runs_in, output=output)
 
     def _target(self, decision: Decision) -> tuple[torch.dtype | None, str]:
         """The dtype that all tensor inputs are cast to, or None for no casts, and how to call."""
@@ -197,6 +197,14 @@ def _after(inputs: tuple[Flow, ...], casts: tuple[Cast, ...]) -> tuple[Value, ..
             changed = target is not None and (value.dtype is None or _casts_to(value.dtype, target))
             values.append(Value(target, value.scalar) if changed else value)
     return tuple(values)
+
+
+def _computes_in(target: torch.dtype | None, inputs: tuple[Value, ...], output: Flow) -> torch.dtype | None:
+    """The dtype of the computation: what was cast to, else that of a floating result, else the widest input's."""
+    if target is not None and any(value.dtype in (None, target) for value in inputs):
+        return target
+    given = output.dtype if isinstance(output, Value) else None
+    return given if given is not None and given.is_floating_point else promoted(inputs)
 
 
 def _casts_to(dtype: torch.dtype, target: torch.dtype) -> bool:
