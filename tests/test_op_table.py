@@ -408,7 +408,7 @@ FUNCTION_NAMES = [
     (F.max_pool2d, "max_pool2d"),
     (F.scaled_dot_product_attention, "scaled_dot_product_attention"),
     (F.pad, "constant_pad_nd"),
-    (F.interpolate, None),
+    (F.interpolate, "upsample_nearest2d"),
     (F.normalize, None),
     (F.multi_head_attention_forward, None),
     (F.gumbel_softmax, None),
@@ -500,7 +500,7 @@ WITHOUT_AN_OPERATOR = """
 F.assert_int_or_pair F.boolean_dispatch F.handle_torch_function F.adaptive_max_pool1d_with_indices
 F.adaptive_max_pool2d_with_indices F.adaptive_max_pool3d_with_indices F.fractional_max_pool2d
 F.fractional_max_pool2d_with_indices F.fractional_max_pool3d F.fractional_max_pool3d_with_indices
-F.gaussian_nll_loss F.grouped_mm F.gumbel_softmax F.interpolate F.linear_cross_entropy F.local_response_norm
+F.gaussian_nll_loss F.grouped_mm F.gumbel_softmax F.linear_cross_entropy F.local_response_norm
 F.lp_pool1d F.lp_pool2d F.lp_pool3d F.multi_head_attention_forward F.multilabel_soft_margin_loss F.normalize
 F.scaled_grouped_mm F.scaled_mm F.triplet_margin_with_distance_loss F.upsample F.upsample_bilinear
 F.upsample_nearest torch.broadcast_shapes torch.lu torch.pca_lowrank torch.svd_lowrank torch.unique
@@ -559,8 +559,8 @@ def test_a_key_in_words_names_an_operator(key: str, name: str) -> None:
         ),
         ("aten::expp", "unknown operator 'aten::expp': not an ATen operator\n\nhint: did you mean 'exp'?"),
         (
-            "F.interpolate",
-            "'F.interpolate' reaches no single ATen operator\n\nhint: name an operator as torch does",
+            "F.normalize",
+            "'F.normalize' reaches no single ATen operator\n\nhint: name an operator as torch does",
         ),
         (torch.nn.Linear, "Linear reaches no single ATen operator\n\nhint: name an operator as torch does"),
         ("zzzqqq", "unknown operator 'zzzqqq': not an ATen operator\n\nhint: name an operator as torch does"),
@@ -688,3 +688,18 @@ def test_a_kind_that_promises_a_new_tensor_keeps_the_promise(name: str, call: Ca
     x = torch.ones(2)
     assert call(x) is x or call(x).data_ptr() == x.data_ptr()
     assert output_kind(name) == "first"
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "linear", "bilinear", "trilinear", "bicubic"])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_each_mode_of_interpolate_has_the_rule_of_its_operators(mode: str, antialias: bool) -> None:
+    if antialias and mode not in ("bilinear", "bicubic"):
+        pytest.skip("torch antialiases in two modes")
+    name = aten_name("call_function", F.interpolate, (None,), {"mode": mode, "antialias": antialias})
+    assert name is not None
+    assert operator_rules("cuda")[name] == "fp32"
+    assert name not in operator_rules("cpu")
+
+
+def test_interpolating_by_area_reaches_a_pool() -> None:
+    assert aten_name("call_function", F.interpolate, (None, 4), {"mode": "area"}) is None

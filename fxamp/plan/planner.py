@@ -6,6 +6,7 @@ from ``rules``, what is shared from ``sharing``, what it gives back from ``resul
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final, Protocol
@@ -27,6 +28,8 @@ __all__ = ["Observer", "make_plan"]
 
 # What an operator gives that autocast decides about inside: the loss comes out of nll_loss, in float32.
 _AUTOCAST_GIVES: Final = {"cross_entropy_loss": torch.float32}
+# ``n / x`` of a number and a tensor is ``x.reciprocal() * n``.
+_REFLECTED: Final[Mapping[Any, str]] = {operator.truediv: "reciprocal", operator.sub: "rsub"}
 
 
 class Observer(Protocol):
@@ -106,6 +109,8 @@ class _Planner:
 
     def _decide_call(self, node: fx.Node, call: Call, blank: Decision) -> Decision:
         inputs = tuple(self._flows[n] for n in argument_nodes(node))
+        if node.target in _REFLECTED and inputs[0] == NOT_A_TENSOR:
+            call = replace(call, aten=_REFLECTED[node.target])
         blank = replace(blank, op=call.op, aten=call.aten, inputs=inputs)
         if call.steering:
             return blank

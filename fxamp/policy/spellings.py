@@ -97,6 +97,8 @@ def _function_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         return _row_name(target, args, kwargs)
     if target is F.pad or target is torch._C._nn.pad:
         return _pad_name(target, args, kwargs)
+    if target is F.interpolate or target is F.upsample:
+        return _interpolate_name(args, kwargs)
     if target is torch.norm:
         return _norm_name(target, args, kwargs)
     if target is operator.truediv and args and isinstance(args[0], Number):
@@ -139,6 +141,23 @@ def _pad_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> st
         return "constant_pad_nd"
     prefix = {"reflect": "reflection", "replicate": "replication"}.get(mode)
     return f"{prefix}_pad{len(sizes) // 2}d" if prefix and isinstance(sizes, Sequence) else "pad"
+
+
+_UPSAMPLES: Final = {
+    "nearest": "upsample_nearest2d",
+    "nearest-exact": "_upsample_nearest_exact2d",
+    "linear": "upsample_linear1d",
+    "bilinear": "upsample_bilinear2d",
+    "trilinear": "upsample_trilinear3d",
+    "bicubic": "upsample_bicubic2d",
+}
+
+
+def _interpolate_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """One of the operators of a mode: those for 1, 2 and 3 dimensions have the same rule."""
+    given = dict(zip(("input", "size", "scale_factor", "mode"), args, strict=False)) | dict(kwargs)
+    found = _UPSAMPLES.get(given.get("mode", "nearest"))
+    return f"_{found}_aa" if found and given.get("antialias") else found
 
 
 def _norm_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
