@@ -27,7 +27,7 @@ RULE_LIST = "expected one of lower, fp32, promote, follow"
 PASS_INPUTS = "give a tuple of positional inputs, or (args_tuple, kwargs_dict)"
 WRITE_DTYPE = "write dtype=torch.bfloat16, or policy='full' for a model without casts"
 OPERATOR_EXAMPLE = "name an operator as torch does, such as 'torch.softmax'"
-USE_LOGITS = "use torch.nn.functional.binary_cross_entropy_with_logits, which takes the value before the sigmoid"
+USE_LOGITS = "use torch.nn.functional.binary_cross_entropy_with_logits, which takes the value before sigmoid"
 
 
 class Gate(nn.Module):

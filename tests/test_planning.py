@@ -337,6 +337,56 @@ def test_a_scale_without_dimensions(spread: Callable[[Tensor, Tensor], Tensor]) 
     assert_same(fxamp.convert(model, dtype=torch.bfloat16, example_inputs=(x,))(x), expected)
 
 
+# -- what cannot be seen into ------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """Stays one call, for it counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.softmax(x, -1) * self.calls
+
+
+CPU_ANSWER = pytest.mark.xfail(
+    strict=True, reason="an opaque call is tried under autocast of the CPU, also when the rules are those of CUDA"
+)
+
+
+@CPU_ANSWER
+def test_an_opaque_call_gives_what_autocast_of_its_device_gives() -> None:
+    """On a GPU softmax gives float32, so the linear behind it needs a cast."""
+    model = nn.Sequential(nn.Linear(4, 4), Counting(), nn.Linear(4, 4))
+    amp = fxamp.convert(model, device_type="cuda", dtype=torch.bfloat16, example_inputs=(torch.zeros(4, 4),))
+    assert (amp.plan["_1"].rule, amp.plan["linear_1"].rule) == ("opaque", "lower")
+    assert amp.plan["_1"].output in (UNKNOWN, Value(None, False), Value(torch.float32, False))
+    assert "_1" in {cast.value for cast in amp.plan["linear_1"].casts}
+
+
+@pytest.mark.parametrize(
+    "examples",
+    [
+        None,
+        pytest.param(
+            (torch.zeros(4, 4),),
+            marks=pytest.mark.xfail(strict=True, reason="an opaque module is run to see what it gives, and counts"),
+        ),
+    ],
+    ids=["derived", "examples"],
+)
+def test_an_opaque_module_is_not_run_while_planning(examples: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), Counting()), torch.randn(4, 4)
+    amp = fxamp.convert(model, dtype=torch.bfloat16, example_inputs=examples)
+    assert model[1].calls == 0
+    assert getattr(amp, "1").calls == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(amp(x), model(x))
+
+
 # -- torch's own lists of what autocast does ---------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxamp
@@ -45,13 +46,13 @@ class Model(nn.Module):
         a = self.fc(x)
         b = self.fc(a)
         b += 1
-        c = torch.atan2(b, b.float())
-        y, _ = self.rnn(c.t().softmax(-1))
-        return y, i + 1
+        c = torch.cat([b, b.float()])
+        y, _ = self.rnn(c.softmax(-1))
+        return F.mse_loss(y, c), i + 1
 
 
 @functools.cache
-def report(device_type: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> fxamp.Report:
+def report(device_type: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> fxamp.Report:
     inputs = torch.zeros(4, 4), torch.zeros(2, dtype=torch.int64)
     amp = fxamp.convert(Model(), dtype=dtype, device_type=device_type, example_inputs=inputs)
     found = amp.report()
@@ -61,7 +62,7 @@ def report(device_type: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> fx
 
 def test_the_table() -> None:
     expected = textwrap.dedent("""\
-        Model   policy autocast/cuda bf16   mode train
+        Model   policy autocast/cpu bf16   mode train
 
         name       op                module    rule     inputs     runs in    output      casts  why
         ---------  ----------------  --------  -------  ---------  ---------  --------  -------  ----------------------
@@ -70,28 +71,27 @@ def test_the_table() -> None:
         linear     F.linear          fc        lower    f32        bf16       bf16            3  op table
         linear_1   F.linear          fc        lower    bf16, f32  bf16       bf16            0  op table
         iadd       operator.iadd               follow   bf16       bf16       bf16            0  in-place
-        getitem    operator.getitem            follow   bf16       bf16       bf16            0  input dtype
-        getitem_1  operator.getitem            follow   bf16       bf16       bf16            0  input dtype
-        float_1    Tensor.float                follow   bf16       bf16       f32             0  input dtype
-        dot        torch.dot                   promote  bf16, f32  f32        f32             1  op table
-        mul        operator.mul                follow   bf16, f32  bf16       bf16            0  input dtype
-        softmax    Tensor.softmax              fp32     bf16       f32        f32             0  op table
-        rnn        nn.GRU            rnn       opaque   f32                   bf16            0  module runs as a whole
-        getitem_2  operator.getitem            follow   bf16       bf16       bf16            0  input dtype
-        getitem_3  operator.getitem            follow   bf16       bf16       bf16            0  input dtype
+        float_1    Tensor.float                follow   bf16       f32        f32             0  input dtype
+        cat        torch.cat                   promote  bf16, f32  f32        f32             1  op table
+        softmax    Tensor.softmax              follow   f32        f32        f32             0  input dtype
+        rnn        nn.GRU            rnn       opaque   f32                   f32             0  module runs as a whole
+        getitem    operator.getitem            follow   f32        f32        f32             0  input dtype
+        getitem_1  operator.getitem            follow   f32        f32        f32             0  input dtype
+        mse_loss   F.mse_loss                  fp32     f32        f32        f32             0  op table
         add        operator.add                follow   i64                   i64             0  input dtype
-        output     output                               bf16, i64                             0
+        output     output                               f32, i64                              0
 
-        ops: 2 lower, 1 fp32, 1 promote, 8 follow, 1 opaque     casts: 4 (2 of weights)     dtype unknown: 0""")
+        ops: 2 lower, 1 fp32, 1 promote, 6 follow, 1 opaque     casts: 4 (2 of weights)     dtype unknown: 0""")
     assert str(report()) == expected
 
 
-def test_the_same_model_on_the_cpu_in_float16() -> None:
-    found = report("cpu", torch.float16)
-    assert str(found).splitlines()[0] == "Model   policy autocast/cpu f16   mode train"
+def test_the_same_model_on_a_gpu_in_float16() -> None:
+    found = report("cuda", torch.float16)
+    assert str(found).splitlines()[0] == "Model   policy autocast/cuda f16   mode train"
     rules = {node["name"]: (node["rule"], node["runs_in"]) for node in found.nodes}
-    assert rules["softmax"] == ("follow", "f16")
     assert rules["linear"] == ("lower", "f16")
+    assert rules["cat"] == ("follow", "f32")
+    assert rules["softmax"] == ("fp32", "f32")
 
 
 def test_github() -> None:

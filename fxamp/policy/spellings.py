@@ -97,7 +97,7 @@ def _function_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         return _row_name(target, args, kwargs)
     if target is F.pad or target is torch._C._nn.pad:
         return _pad_name(target, args, kwargs)
-    if target is F.interpolate or target is F.upsample:
+    if target is F.interpolate:
         return _interpolate_name(args, kwargs)
     if target is torch.norm:
         return _norm_name(target, args, kwargs)
