@@ -11,11 +11,11 @@ from torch import fx
 
 from fxamp.capture import Layout, Program, Traced, values_of
 from fxamp.dtypes import check_low_dtype
-from fxamp.errors import CaptureError, PolicyError
+from fxamp.errors import CaptureError, PolicyError, describe, nearest
 from fxamp.insight import report_of
 from fxamp.plan import PrecisionPlan, make_plan
 from fxamp.plan.observer import FakeObserver
-from fxamp.policy import DEVICE_TYPES, Policy
+from fxamp.policy import DEVICE_TYPES, Policy, Ruling
 from fxamp.rewrite import fold_weight_casts, insert_casts, verify
 from fxamp.runtime import AmpModule, Asked, Conversion, Stages
 from fxamp.runtime.amp_module import not_a_scalar
@@ -73,14 +73,24 @@ def _build(
     program: Program, traced: Traced, policy: Policy, mode: str, examples: list[Any] | None
 ) -> tuple[PrecisionPlan, fx.Graph]:
     """Plan, rewrite, verify."""
-    rulings = policy.module_rulings(path for path, _ in program.whole.named_modules())
-    observer = FakeObserver(program.attribute, traced.graph, examples) if examples is not None else None
+    rulings = _rulings(program, policy)
+    observer = None
+    if examples is not None:
+        observer = FakeObserver(program.attribute, traced.graph, examples, policy.device_type or "cpu")
     plan = make_plan(traced.graph, program.attribute, policy, rulings, mode=mode, observer=observer)
     if observer is not None and program.has_loss:
         _check_loss(traced.graph, observer)
     graph = insert_casts(traced.graph, plan)
     verify(graph, traced.graph, plan)
     return plan, graph
+
+
+def _rulings(program: Program, policy: Policy) -> dict[str, Ruling]:
+    """Module path to override; a module that has several names is overridden by any of them."""
+    modules = dict(program.whole.named_modules(remove_duplicate=False))
+    first = {id(module): path for path, module in reversed(modules.items())}
+    found = policy.module_rulings(modules)
+    return {first[id(modules[path])]: ruling for path, ruling in reversed(found.items())}
 
 
 def _check_loss(graph: fx.Graph, observer: FakeObserver) -> None:
@@ -100,10 +110,9 @@ _STAGES = Stages(_build, report_of, _freeze)
 
 def _asked(policy: str | Policy, device_type: str | None, dtype: torch.dtype | None) -> Asked:
     if device_type is not None and device_type not in DEVICE_TYPES:
-        kind = str(device_type).partition(":")[0]
         raise PolicyError(
             f"unknown device_type {device_type!r}: expected one of {', '.join(DEVICE_TYPES)}",
-            hint=f"write device_type='{kind if kind in DEVICE_TYPES else 'cpu'}'",
+            hint=f"write device_type={(nearest(str(device_type).partition(':')[0], DEVICE_TYPES) or 'cpu')!r}",
         )
     if dtype is not None:
         check_low_dtype(dtype)
@@ -113,7 +122,7 @@ def _asked(policy: str | Policy, device_type: str | None, dtype: torch.dtype | N
 def _not_a_model(model: Any) -> CaptureError:
     if isinstance(model, AmpModule):
         return CaptureError("the model is converted already", hint="amp.replan(policy) changes its policy")
-    return CaptureError(f"found {model!r}: expected a module or a callable", hint="fxamp.convert(model)")
+    return CaptureError(f"found {describe(model)}: expected a module or a callable", hint="fxamp.convert(model)")
 
 
 def _example_layout(program: Program, example_inputs: Any) -> tuple[Layout | None, list[Any] | None]:
@@ -144,6 +153,6 @@ def _split_examples(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any
     if isinstance(example_inputs, tuple | list):
         return tuple(example_inputs), {}
     raise CaptureError(
-        f"example_inputs is {example_inputs!r}: expected a tuple",
+        f"example_inputs is {describe(example_inputs)}: expected a tuple",
         hint="give a tuple of positional inputs, or (args_tuple, kwargs_dict)",
     )

@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from fxamp.errors import PolicyError
+from fxamp.errors import PolicyError, describe
 
 __all__ = ["LOW_DTYPES", "abbreviate", "check_low_dtype", "is_castable"]
 
@@ -60,7 +60,7 @@ def check_low_dtype(dtype: torch.dtype) -> torch.dtype:
     """
     if dtype not in LOW_DTYPES:
         raise PolicyError(
-            f"dtype {dtype!r} is not a low precision: expected torch.float16 or torch.bfloat16",
+            f"dtype {describe(dtype)} is not a low precision: expected torch.float16 or torch.bfloat16",
             hint="write dtype=torch.bfloat16, or policy='full' for a model without casts",
         )
     return dtype

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CaptureError", "FxampError", "PlanError", "PolicyError", "VerifyError", "nearest"]
+__all__ = ["CaptureError", "FxampError", "PlanError", "PolicyError", "VerifyError", "describe", "nearest"]
 
 
 class FxampError(Exception):
@@ -52,6 +52,14 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """The entry of ``known`` that is spelled most like ``name``, or None when nothing is close."""
     found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     return found[0] if found else None
+
+
+def describe(value: object) -> str:
+    """A value as an error names it: plain values as they are written, any other by its type."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    module = type(value).__module__
+    return f"an object of type {module}.{type(value).__qualname__}" if module != "torch" else repr(value)
 
 
 def _rebuild(kind: type[FxampError], message: str, hint: str) -> FxampError:

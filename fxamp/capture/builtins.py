@@ -1,15 +1,17 @@
 """Which answers do Python's builtins give about traced values?
 
-``isinstance(x, torch.Tensor)`` is False for a proxy, and ``len(x)``, ``int(x.shape[0] / 2)`` or ``max(a, b)`` fail:
-the first silently traces the wrong branch. While a model is traced, the module globals of its forward see
-versions that know proxies: they are recorded, or answered, or refused.
+``isinstance(x, torch.Tensor)`` is False for a proxy, which silently traces the wrong branch, and ``len(x)`` or
+``max(a, b)`` fail. While a model is traced, the builtins know proxies: a call is recorded, answered or refused.
+Code of torch that handles proxies itself gets the plain answers.
 """
 
 from __future__ import annotations
 
 import builtins
-import inspect
+import functools
 import operator
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -19,26 +21,49 @@ import torch
 from torch import fx
 from torch.fx.proxy import TraceError
 
+from fxamp.capture.source import is_library
+
 __all__ = ["shadowed_builtins"]
+
+_MODULES: Final = os.path.join("torch", "nn", "modules") + os.sep
+_plain_isinstance = builtins.isinstance
+
+
+def _asked_by_user() -> bool:
+    """Whether it is the user's code that asks, or a module's or a question of torch's on its behalf."""
+    code = sys._getframe(2).f_code
+    return not is_library(code.co_filename) or _MODULES in code.co_filename or code.co_name == "is_tensor"
 
 
 def _isinstance(value: Any, kinds: Any) -> bool:
-    if not isinstance(value, fx.Proxy):
-        return isinstance(value, kinds)
+    if not _plain_isinstance(value, fx.Proxy) or not _asked_by_user():
+        return _plain_isinstance(value, kinds)
+    known = _known_kind(value)
+    flat = kinds if _plain_isinstance(kinds, tuple) else (kinds,)
+    return any(_plain_isinstance(kind, type) and issubclass(known, kind) for kind in flat)
+
+
+def _hasattr(value: Any, name: str) -> bool:
+    if not _plain_isinstance(value, fx.Proxy) or not _asked_by_user():
+        return _plain_hasattr(value, name)
+    return _plain_hasattr(_known_kind(value), name)
+
+
+_plain_hasattr = builtins.hasattr
+
+
+def _known_kind(value: fx.Proxy) -> type:
     known = _kind(value.node)
     if known is None:
         raise TraceError("asks for the type of a value that is not known while tracing")
-    flat = kinds if isinstance(kinds, tuple) else (kinds,)
-    return any(isinstance(kind, type) and issubclass(known, kind) for kind in flat)
-
-
-def _is_tensor(value: Any) -> bool:
-    return _isinstance(value, torch.Tensor)
+    if value.node.op == "placeholder":
+        value.node.meta["asked"] = True  # a call that brings something else needs another graph
+    return known
 
 
 def _kind(value: Any) -> type | None:
     """What a traced value will be: a tensor, a size, an int; None when it cannot be told."""
-    if not isinstance(value, fx.Node):
+    if not _plain_isinstance(value, fx.Node):
         return type(value)
     if value.op in ("placeholder", "get_attr"):
         return torch.Tensor  # an input is taken to be a tensor, unless example inputs say more
@@ -51,7 +76,7 @@ def _kind(value: Any) -> type | None:
     if getattr(value.target, "__module__", None) == "_operator":
         kinds = {_kind(argument) for argument in value.args}
         return torch.Tensor if torch.Tensor in kinds else int if kinds == {int} else None
-    return torch.Tensor if value.op != "call_module" and _gives_one_tensor(value) else None
+    return torch.Tensor if value.op != "call_module" and _gives_one_tensor(value.target) else None
 
 
 _ATTRIBUTES: Final[dict[str, type]] = {
@@ -66,9 +91,10 @@ _ATTRIBUTES: Final[dict[str, type]] = {
 _QUERIES: Final = ("size", "dim", "numel", "ndimension")
 
 
-def _gives_one_tensor(node: fx.Node) -> bool:
+@functools.cache
+def _gives_one_tensor(target: Any) -> bool:
     """Whether every overload of the ATen operator of that name gives back one tensor."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = target if _plain_isinstance(target, str) else getattr(target, "__name__", "")
     packet = getattr(torch.ops.aten, str(name).strip("_"), None)
     if packet is None:
         return False
@@ -78,7 +104,7 @@ def _gives_one_tensor(node: fx.Node) -> bool:
 
 def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        proxy = next((value for value in args if isinstance(value, fx.Proxy)), None)
+        proxy = next((value for value in args if _plain_isinstance(value, fx.Proxy)), None)
         if proxy is None:
             return function(*args, **kwargs)
         return proxy.tracer.create_proxy("call_function", function, args, kwargs)
@@ -86,37 +112,22 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _len(value: Any) -> Any:
-    if isinstance(value, fx.Proxy) and type(value).__len__ is fx.Proxy.__len__:
-        return value.tracer.create_proxy("call_function", len, (value,), {})
-    return len(value)
+def _shadow_len() -> Callable[..., Any]:
+    length = builtins.len
 
+    def call(value: Any) -> Any:
+        if _plain_isinstance(value, fx.Proxy) and type(value).__len__ is fx.Proxy.__len__:
+            return value.tracer.create_proxy("call_function", length, (value,), {})
+        return length(value)
 
-_SHADOWS: Final[dict[str, Callable[..., Any]]] = {
-    "isinstance": _isinstance,
-    "len": _len,
-    **{name: _recorded(getattr(builtins, name)) for name in ("int", "float", "max", "min", "round")},
-}
+    return call
 
 
 @contextmanager
-def shadowed_builtins(*functions: Any) -> Iterator[None]:
-    """Shows the versions that know proxies to the modules these functions are written in.
-
-    Names that such a module defines itself, and modules of torch, are left alone.
-    """
-    undo: list[tuple[dict[str, Any], str]] = []
-    try:
-        for function in functions:
-            namespace = getattr(inspect.unwrap(function), "__globals__", {})
-            if str(namespace.get("__name__", "torch")).partition(".")[0] == "torch":
-                continue
-            for name, shadow in _SHADOWS.items():
-                if name not in namespace:
-                    namespace[name] = shadow
-                    undo.append((namespace, name))
-        with mock.patch.object(torch, "is_tensor", _is_tensor):
-            yield
-    finally:
-        for namespace, name in undo:
-            del namespace[name]
+def shadowed_builtins() -> Iterator[None]:
+    """Puts the versions that know proxies in place of the builtins until the block ends."""
+    recorded = {name: _recorded(getattr(builtins, name)) for name in ("max", "min", "round")}
+    shadows = {"isinstance": _isinstance, "hasattr": _hasattr, "len": _shadow_len(), **recorded}
+    finfo = _recorded(torch.finfo)
+    with mock.patch.multiple(builtins, **shadows), mock.patch.object(torch, "finfo", finfo):
+        yield

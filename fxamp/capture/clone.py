@@ -6,6 +6,8 @@ and buffer. What a forward does to ``self`` while it is traced stays in the clon
 
 from __future__ import annotations
 
+import functools
+from types import MethodType
 from typing import Any
 
 import torch
@@ -44,6 +46,11 @@ def _clone(value: Any, memo: dict[int, Any]) -> Any:
         return known
     if isinstance(value, nn.Module) and not isinstance(value, _SHARED):
         return _clone_module(value, memo)
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+        return MethodType(value.__func__, _clone(value.__self__, memo))
+    if type(value) is functools.partial:
+        arguments = [_clone(argument, memo) for argument in value.args]
+        return functools.partial(_clone(value.func, memo), *arguments, **value.keywords)
     if type(value) in (dict, list, set) or _is_ordered_dict(value):
         return _clone_container(value, memo)
     if type(value) is tuple and any(_holds_state(item) for item in value):

@@ -86,8 +86,13 @@ def modules_watched(
             read_training(paths[id(module)], flag)
         return flag
 
+    def set_training(module: nn.Module, flag: bool) -> None:
+        if id(module) in paths and module.__dict__.get("training") is not flag:
+            raise TraceError("switches the mode of a module")
+        module.__dict__["training"] = flag
+
     with (
-        mock.patch.object(nn.Module, "training", property(training), create=True),
+        mock.patch.object(nn.Module, "training", property(training, set_training), create=True),
         mock.patch.object(nn.Module, "__setattr__", set_watched),
     ):
         yield

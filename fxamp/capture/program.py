@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from fxamp.capture.clone import clone_trees
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.capture.source import is_library
-from fxamp.capture.tracer import THIS, WHOLE, AmpTracer
+from fxamp.capture.tracer import HOOKS, THIS, WHOLE, AmpTracer
 from fxamp.errors import CaptureError
 
 __all__ = ["Program", "Traced"]
@@ -77,6 +77,11 @@ class Program:
         self.tree, self.loss_tree = clone_trees(self._holder, loss_module)
         self.loss_path = "" if loss_module is None else _free_name(self.tree, "loss")
         self._loss = loss if loss_module is None else None
+        if loss is not None and any(getattr(self.tree, name, None) for name in HOOKS):
+            raise CaptureError(
+                f"{self.name} has hooks, which a loss converted with it would not see",
+                hint="register them on a submodule, or put the model into a module of its own",
+            )
         self.has_loss = loss is not None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,6 +116,14 @@ class Program:
         owner, _, name = path.rpartition(".")
         return getattr(self.whole.get_submodule(owner) if owner or path == self.loss_path else self.tree, name)
 
+    def flags(self, mode: str) -> dict[str, bool]:
+        """Module path to ``training`` flag in "train", "eval" or "as_is", as the model's own ``train`` sets it."""
+        tree, loss_tree = clone_trees(self.tree, self.loss_tree)
+        for module in (tree, loss_tree):
+            if module is not None and mode != "as_is":
+                module.train(mode == "train")
+        return {path: module.training for path, module in _paths(tree, loss_tree, self.loss_path).items()}
+
     def shared(self) -> Program:
         """A program of its own module tree over the same tensors."""
         new = copy.copy(self)
@@ -136,9 +149,8 @@ class Program:
             root = self._holder  # a function calls the modules it closes over, so these cannot be clones
         model = self._function or getattr(root, self._method)
         entry = _Entry(self.signature, layout, model, loss_tree or self._loss)
-        sources = tuple(f for f in (self._function, self._loss) if inspect.isroutine(f))
         modules = _paths(root, loss_tree, self.loss_path)
-        tracer = AmpTracer(root, modules, entry, self.extras, sources)
+        tracer = AmpTracer(root, modules, entry, self.extras)
         if _is_library(root) and self._method == "forward":
             entry.model = tracer.call_whole
         with _modes(modules, training), _autocast_answers(ambient):

@@ -28,7 +28,7 @@ from fxamp.capture.proxy import AmpParameterProxy, AmpProxy
 from fxamp.capture.regions import RegionRecorder
 from fxamp.capture.source import user_frame, user_line
 
-__all__ = ["THIS", "WHOLE", "AmpTracer"]
+__all__ = ["HOOKS", "THIS", "WHOLE", "AmpTracer"]
 
 THIS, WHOLE = "_this", "_whole"  # what a graph calls the converted module, and the model as one call
 
@@ -42,7 +42,7 @@ _LEAVES = (
     nn.MultiheadAttention,
     torch.jit.ScriptModule,
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _Mark(NamedTuple):
@@ -66,7 +66,6 @@ class AmpTracer(fx.Tracer):
         modules: path to every module that the entry point may use, root included.
         entry: called with the proxies of the placeholders; what it returns is the graph's output.
         extras: tensors that no module owns, by the name they are read under; new ones are added.
-        sources: functions that are traced and belong to no module.
     """
 
     def __init__(
@@ -75,12 +74,10 @@ class AmpTracer(fx.Tracer):
         modules: Mapping[str, nn.Module],
         entry: Callable[..., Any],
         extras: dict[str, torch.Tensor],
-        sources: tuple[Any, ...] = (),
     ) -> None:
         super().__init__(autowrap_modules=(math,))
         self.untraceable: dict[str, str] = {}
         self.extras = extras
-        self._sources = sources
         self.mode_readers: dict[str, bool] = {}
         self._entry = entry
         self._regions = RegionRecorder(self._emit)
@@ -90,9 +87,9 @@ class AmpTracer(fx.Tracer):
         self._modules = {id(module): path for path, module in modules.items()}
         self._tensors: dict[int, str] = {}
         for path, module in modules.items():
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            for name, tensor in own:
                 self._tensors.setdefault(id(tensor), f"{path}.{name}".lstrip("."))
-        self._forwards = [type(module).forward for module in modules.values()]
         self.root = root
 
     def run(self, names: list[str]) -> fx.Graph:
@@ -105,7 +102,7 @@ class AmpTracer(fx.Tracer):
                 stack.enter_context(modules_watched(self._modules, self._read_training, self._set_attribute))
                 stack.enter_context(autograd_functions(self._record))
                 stack.enter_context(factories(self._record))
-                stack.enter_context(shadowed_builtins(*self._forwards, *self._sources))
+                stack.enter_context(shadowed_builtins())
                 return super().trace(self.root)
         finally:
             torch.set_grad_enabled(grad_mode)
@@ -140,9 +137,11 @@ class AmpTracer(fx.Tracer):
         return path
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LEAVES) or any(getattr(m, name, None) for name in _HOOKS)
+        return isinstance(m, _LEAVES) or any(getattr(m, name, None) for name in HOOKS)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if id(m) not in self._modules:
+            return forward(*args, **kwargs)  # made in the forward: it is what it is made of
         path = self.path_of_module(m)
         if path in self.untraceable:
             return self._call_leaf(m, path, args, kwargs)
@@ -164,7 +163,7 @@ class AmpTracer(fx.Tracer):
         try:
             if not self.is_leaf_module(self.root, ""):
                 return self.root.forward(*args, **kwargs)
-        except Exception as error:
+        except TraceError as error:
             self._go_back(mark)
             self.untraceable[WHOLE] = _reason(error)
         return self._call_leaf(self.root, WHOLE, args, kwargs)

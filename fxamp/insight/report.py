@@ -21,7 +21,7 @@ _KEYS: Final = {"runs in": "runs_in", "why": "reason"}
 _COUNTED: Final = ("lower", "fp32", "promote", "follow", "opaque")
 MAX_WIDTH: Final = 119
 # What is cut when the table is too wide, in this order, and how far.
-_MAY_SHRINK: Final = {"why": 22, "op": 20, "module": 16, "inputs": 14, "name": 18, "output": 10}
+_MAY_SHRINK: Final = {"why": 16, "op": 16, "module": 12, "inputs": 12, "name": 14, "output": 8}
 
 
 @dataclass(frozen=True)

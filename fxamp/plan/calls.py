@@ -20,7 +20,7 @@ from torch.fx.node import _get_qualified_name
 from fxamp.capture.calls import assign, enter_inference_mode, exit_inference_mode
 from fxamp.policy.spellings import aten_name
 
-__all__ = ["MODE_CALLS", "Call", "argument_nodes", "nodes_in", "read_call"]
+__all__ = ["HOOKS", "MODE_CALLS", "Call", "argument_nodes", "nodes_in", "read_call"]
 
 # Leaf modules that run one operator, which autocast leaves alone.
 _LEAF_OPERATORS: Final = (
@@ -29,7 +29,7 @@ _LEAF_OPERATORS: Final = (
     (nn.modules.dropout._DropoutNd, "dropout"),
     (nn.RReLU, "rrelu"),
 )
-_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Calls that only steer what runs, and calls that tell something of a tensor.
 MODE_CALLS: Final = frozenset(
@@ -57,6 +57,11 @@ _QUERIES: Final = frozenset(
     "__len__ __bool__".split()
 )
 # Attributes of a tensor that are tensors of the same dtype; ``real`` and ``imag`` are only so for real ones.
+# Attributes of a tensor that are no tensors; any other may be one, as ``x.max(0).values`` is.
+_FACTS: Final = frozenset(
+    "shape dtype device ndim requires_grad layout is_leaf is_cuda is_cpu is_meta is_sparse is_quantized "
+    "is_nested is_mps names itemsize nbytes grad_fn output_nr".split()
+)
 _VIEWS: Final = frozenset({"T", "mT", "H", "mH", "data"})
 _SCALAR_MODULES: Final = frozenset({math.__name__, builtins.__name__})
 
@@ -104,8 +109,8 @@ def read_call(node: fx.Node, module_of: Callable[[str], Any]) -> Call:
     if node.target in _STEERING if node.op == "call_function" else node.target in _QUERIES:
         return Call(op, steering=True)
     if node.target is getattr:
-        view = node.args[1] in _VIEWS
-        return Call(f"Tensor.{node.args[1]}", "alias" if view else "", steering=not view)
+        name = node.args[1]
+        return Call(f"Tensor.{name}", "alias" if name in _VIEWS else "getattr", steering=name in _FACTS)
     if getattr(node.target, "__module__", None) in _SCALAR_MODULES:
         return Call(op, steering=True)
     if node.target is operator.getitem:
@@ -125,7 +130,7 @@ def read_call(node: fx.Node, module_of: Callable[[str], Any]) -> Call:
 
 def _module_call(module: nn.Module) -> Call:
     op = f"nn.{type(module).__name__}" if type(module).__module__.startswith("torch.nn") else type(module).__name__
-    if not any(getattr(module, name, None) for name in _HOOKS):
+    if not any(getattr(module, name, None) for name in HOOKS):
         for kind, aten in _LEAF_OPERATORS:
             if isinstance(module, kind) and type(module).__module__.startswith("torch.nn."):
                 return Call(op, aten)

@@ -28,10 +28,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor. ``dtype`` None: not known; ``scalar``: whether it is 0-dim, None: not known."""
+    """A tensor. ``dtype`` None: not known; ``scalar``: whether it is 0-dim, None: not known; so with ``rank``."""
 
     dtype: torch.dtype | None
     scalar: bool | None = None
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ Flow = Value | Tensors | _NotATensor | tuple[Any, ...]
 def of_object(value: Any) -> Flow:
     """The flow of a real or fake value."""
     if isinstance(value, torch.Tensor):
-        return Value(value.dtype, value.dim() == 0)
+        return Value(value.dtype, value.dim() == 0, value.dim())
     if isinstance(value, tuple | list) and any(isinstance(item, torch.Tensor) for item in value):
         return tuple(of_object(item) for item in value)
     if isinstance(value, dict):
@@ -142,7 +143,7 @@ def _promote(inputs: tuple[Value, ...], *, floating: bool) -> Value:
         found = torch.get_default_dtype()
     elif found is not None and not floating and not found.is_floating_point and not found.is_complex:
         # An integer tensor may meet a Python float; only floating results are sure.
-        return Value(found if found == torch.bool else None, scalar)
+        return Value(None, scalar)
     return Value(found, scalar)
 
 

@@ -16,11 +16,12 @@ from torch._subclasses import FakeTensorMode, fake_tensor
 from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
+from fxamp.capture.clone import clone_tree
 from fxamp.dtypes import is_castable
 from fxamp.errors import CaptureError
-from fxamp.plan.calls import MODE_CALLS
+from fxamp.plan.calls import HOOKS, MODE_CALLS
 from fxamp.plan.decision import Decision
-from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, of_object
+from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, Value, of_object
 
 __all__ = ["FakeObserver"]
 
@@ -41,9 +42,13 @@ class FakeObserver:
         attribute: path to the parameter, buffer, tensor or module of that name.
         graph: the traced graph.
         examples: the values of its placeholders, in order.
+        device_type: whose rules are planned with.
     """
 
-    def __init__(self, attribute: Callable[[str], Any], graph: fx.Graph, examples: list[Any]) -> None:
+    def __init__(
+        self, attribute: Callable[[str], Any], graph: fx.Graph, examples: list[Any], device_type: str = "cpu"
+    ) -> None:
+        self._device_type = device_type
         self._attribute = attribute
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -73,8 +78,16 @@ class FakeObserver:
     def _fake(self, value: Any) -> Any:
         return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
 
+    def _can_ask_autocast(self, decision: Decision) -> bool:
+        """Whether autocast of the device at hand answers for that of the rules."""
+        known = isinstance(decision.output, Value) and decision.output.dtype is not None
+        return known or self._device_type == "cpu" or torch.cuda.is_available()
+
     def _call_module(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        # Its tensors are swapped for fakes, so that a buffer it updates is not the user's.
+        # A clone over fake tensors: what the module writes, to itself or to its buffers, is not the user's.
+        if any(getattr(inner, name, None) for inner in module.modules() for name in HOOKS):
+            raise NotImplementedError("hooks are the user's, and not run here")
+        module = clone_tree(module)
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         fakes: dict[str, torch.Tensor] = {name: self._fake(tensor) for name, tensor in state.items()}
         return torch.func.functional_call(module, fakes, args, kwargs)
@@ -82,6 +95,8 @@ class FakeObserver:
     def _run(self, node: fx.Node, decision: Decision) -> Any:
         if node.target in MODE_CALLS:
             return None
+        if decision.how == "ambient" and not self._can_ask_autocast(decision):
+            return _MISSING
         if any(self._values.get(source, _MISSING) is _MISSING for source in node.all_input_nodes):
             return _MISSING
         casts = {cast.slot: cast.dtype for cast in decision.casts}
@@ -95,7 +110,7 @@ class FakeObserver:
 
         try:
             args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, argument)
-            with self._mode, torch.no_grad(), _autocast(decision), _without_log():
+            with self._mode, torch.no_grad(), _autocast(decision, self._device_type), _without_log():
                 if node.op == "call_module":
                     return self._call_module(self._attribute(str(node.target)), args, kwargs)
                 return _call(node, decision, args, kwargs)
@@ -138,12 +153,13 @@ def _without_log() -> Iterator[None]:
 
 
 @contextmanager
-def _autocast(decision: Decision) -> Iterator[None]:
+def _autocast(decision: Decision, device_type: str) -> Iterator[None]:
     """The autocast state a call runs under: off, but for what is left to autocast."""
     if decision.how not in ("ambient", "promote") or decision.state is None:
         yield
         return
-    with torch.autocast("cpu", decision.state.dtype, decision.state.enabled):
+    device_type = device_type if torch.cuda.is_available() else "cpu"
+    with torch.autocast(device_type, decision.state.dtype, decision.state.enabled):
         yield
 
 

@@ -6,6 +6,7 @@ its ATen operator, then "unknown".
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -31,9 +32,9 @@ USER_CASTS: Final[Mapping[str, torch.dtype | None]] = {
     "type_as": None,
 }
 _TABLES: Final = frozenset({"embedding", "embedding_bag"})
-# Operators whose result is never 0-dim, and operators whose result has the rank of their first input.
+# Operators whose result is never 0-dim; has the rank of the first input; has at least that rank.
 _SHAPED: Final = frozenset(
-    "linear mm bmm addmm baddbmm addbmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
+    "mm bmm addmm baddbmm addbmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
     "layer_norm rms_norm group_norm batch_norm instance_norm scaled_dot_product_attention cat stack concat flatten "
     "unsqueeze avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d "
     "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d pixel_shuffle pixel_unshuffle "
@@ -41,8 +42,9 @@ _SHAPED: Final = frozenset(
 )
 _KEEPS_RANK: Final = frozenset(
     "softmax log_softmax dropout alpha_dropout feature_dropout contiguous clone detach transpose permute movedim t "
-    "alias masked_fill tril triu roll flip glu chunk split split_with_sizes narrow repeat expand_as".split()
+    "alias tril triu roll flip glu chunk split split_with_sizes narrow".split()
 )
+_MAY_GROW: Final = frozenset("masked_fill repeat expand expand_as".split())
 _DEFAULT_DTYPE: Final = frozenset("zeros ones empty rand randn eye linspace logspace hann_window".split())
 _INTEGER: Final = frozenset("randint randperm tril_indices triu_indices".split())
 
@@ -66,6 +68,8 @@ def result_of(
     if aten == "getitem":
         base = inputs[0] if inputs else UNKNOWN
         return element(base, node.args[1])
+    if aten == "getattr":
+        return _field(inputs[0] if inputs else UNKNOWN, str(node.args[1]))
     if aten in USER_CASTS:
         return _cast_result(node, aten, inputs, flow_of)
     named = _named_dtype(node, flow_of)
@@ -90,6 +94,12 @@ def result_of(
     return found
 
 
+def _field(owner: Flow, name: str) -> Flow:
+    """A named part of a tuple, such as ``x.max(0).values``."""
+    places = {"values": 0, "indices": 1}
+    return element(owner, places[name]) if isinstance(owner, tuple) and name in places else UNKNOWN
+
+
 def _lookup_result(inputs: tuple[Value, ...]) -> Value:
     """A lookup takes a floating table and integers, in either order, and gives rows of the table."""
     tables = {value.dtype for value in inputs if value.dtype is not None and value.dtype.is_floating_point}
@@ -98,11 +108,20 @@ def _lookup_result(inputs: tuple[Value, ...]) -> Value:
 
 def _ranked(aten: str, flow: Flow, inputs: tuple[Value, ...]) -> Flow:
     """The flow, with what is known about being 0-dim."""
-    if not isinstance(flow, Value) or flow.scalar is not None:
+    if not isinstance(flow, Value) or (flow.scalar is not None and _is_pointwise(aten)):
         return flow
-    if aten in _SHAPED:
+    first = inputs[0].scalar if inputs else None
+    if aten in _SHAPED or (aten == "linear" and len(inputs) > 1 and inputs[1].rank == 2):
         return Value(flow.dtype, False)
-    return Value(flow.dtype, inputs[0].scalar) if aten in _KEEPS_RANK and inputs else flow
+    if aten in _KEEPS_RANK or (aten in _MAY_GROW and first is False):
+        return Value(flow.dtype, first)
+    return Value(flow.dtype)
+
+
+@functools.cache
+def _is_pointwise(aten: str) -> bool:
+    packet = getattr(torch.ops.aten, aten, None) if aten else None
+    return packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
 
 
 def _cast_result(node: fx.Node, aten: str, inputs: tuple[Flow, ...], flow_of: Callable[[fx.Node], Flow]) -> Flow:

@@ -23,7 +23,7 @@ from fxamp.policy.operators import operator_rules, transparent
 __all__ = ["Rules", "banned"]
 
 # The user's own casts and the parts of a value are what they are, whatever the module's override.
-_EXEMPT: Final = frozenset({"getitem", "alias", *USER_CASTS})
+_EXEMPT: Final = frozenset({"getitem", "getattr", "alias", *USER_CASTS})
 
 
 class Rules:

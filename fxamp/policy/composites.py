@@ -139,7 +139,7 @@ histogramdd                      same                same
 hsplit                           same                same
 hstack                           cat                 cat
 imag                             same                same
-inner                            -                   same
+inner                            -                   -
 instance_norm                    same                same
 inverse                          same                listed
 is_complex                       same                same

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from fxamp.dtypes import abbreviate, check_low_dtype
-from fxamp.errors import PolicyError, nearest
+from fxamp.errors import PolicyError, describe, nearest
 from fxamp.policy.operators import operator_rules
 from fxamp.policy.spellings import resolve_operator
 
@@ -89,7 +89,7 @@ class Policy:
             return policy
         if not isinstance(policy, str):
             raise PolicyError(
-                f"policy is {policy!r}: expected a name or a Policy",
+                f"policy is {describe(policy)}: expected a name or a Policy",
                 hint="write policy='autocast' or policy=fxamp.Policy.autocast(...)",
             )
         return Policy(policy)
@@ -139,7 +139,7 @@ class Policy:
         for pattern, rule in overrides.items():
             if not isinstance(pattern, str):
                 raise PolicyError(
-                    f"the module override {pattern!r} is no name: expected a module path or a glob pattern",
+                    f"the module override {describe(pattern)} is no name: expected a module path or a glob pattern",
                     hint="write 'head' or 'blocks.*.norm'; with_ops takes operators",
                 )
             _check_rule(rule, repr(pattern))
@@ -147,7 +147,11 @@ class Policy:
         return replace(self, modules=tuple(sorted(modules.items())))
 
     def operator_ruling(self, aten: str) -> Ruling | None:
-        """The rule for an ATen operator: the user's, else the table's; None when it is in neither."""
+        """The rule for an ATen operator: the user's, else the table's; None when it is in neither.
+
+        Args:
+            aten: the operator's name without overload.
+        """
         overridden = dict(self.ops).get(aten)
         if overridden is not None:
             return Ruling(overridden, f"override 'aten::{aten}'")
@@ -157,6 +161,9 @@ class Policy:
 
     def module_rulings(self, paths: Iterable[str]) -> dict[str, Ruling]:
         """Module path to the override that decides for it; modules without one are left out.
+
+        Args:
+            paths: the names of all modules.
 
         Raises:
             PolicyError: when an override matches no module, or two patterns match one with different rules.
@@ -220,4 +227,10 @@ def _matches_nothing(pattern: str, known: list[str]) -> PolicyError:
 
 
 def _spelling(key: str | Callable[..., Any]) -> str:
-    return key if isinstance(key, str) else f"torch.{getattr(key, '__name__', key)}"
+    if isinstance(key, str):
+        return key
+    name = getattr(key, "__name__", "")
+    for prefix, namespace in (("torch", torch), ("F", torch.nn.functional), ("Tensor", torch.Tensor)):
+        if name and getattr(namespace, name, None) is key:
+            return f"{prefix}.{name}"
+    return str(key)

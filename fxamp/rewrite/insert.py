@@ -69,7 +69,7 @@ class _Inserter:
 
     def _cast(self, value: fx.Node, cast: Cast, decision: Decision) -> fx.Node:
         first = self._shared.get(cast.share) if cast.share else None
-        if first is not None and not cast.leaf_only:
+        if first is not None and not (cast.leaf_only or first.meta["cast"].leaf_only):
             return first
         name = f"{value.name}_{abbreviate(cast.dtype)}"
         if first is not None:

@@ -18,7 +18,7 @@ from torch import fx, nn
 from fxamp.capture import Program, values_of
 from fxamp.capture.calls import enter_inference_mode, leave_inference_modes
 from fxamp.capture.packing import pack_graph, unpack_graph
-from fxamp.errors import CaptureError, FxampError
+from fxamp.errors import CaptureError, FxampError, describe
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
 from fxamp.runtime.casts import HELD, AmbientCall, execution_device_type
@@ -168,7 +168,7 @@ class AmpModule(fx.GraphModule):
         super().train(mode)
         if "_conversion" in self.__dict__:
             self._conversion.mode = "train" if mode else "eval"
-            self._conversion.program.tree.__dict__["training"] = mode
+            self._conversion.program.tree.train(mode)  # a model may have its own idea of it
             self._activate()
         return self
 
@@ -290,7 +290,7 @@ def _other_mode(amp: AmpModule, module: nn.Module, traced: bool) -> CaptureError
 def _check_loss(loss: Any) -> None:
     if isinstance(loss, torch.Tensor) and loss.numel() == 1:
         return
-    found = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+    found = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else describe(loss)
     raise not_a_scalar(found)
 
 

@@ -131,7 +131,7 @@ class Conversion:
         return len(values) if values == self.program.signature.required and not trees else -1
 
     def _trace(self, mode: str, layout: Layout) -> Traced:
-        flags = _flags(self.program.whole, mode)
+        flags = self.program.flags(mode)
         for _, known in self.traced:
             # A graph in which no mode was read serves every mode, and so does one that read the same flags.
             if known.layout == layout and all(flags.get(path) == flag for path, flag in known.modes.items()):
@@ -243,7 +243,7 @@ def _base_layout(program: Program, mode: str, policy: Policy) -> Layout:
     for stars in range(1, MAX_STARS + 1) if program.signature.starred else ():
         layout = program.signature.base_layout(stars)
         try:
-            program.trace(layout, _flags(program.whole, mode), _ambient(policy))
+            program.trace(layout, program.flags(mode), _ambient(policy))
         except CaptureError as error:
             failed = failed or error
         else:
@@ -264,13 +264,6 @@ def _mode_of(tree: nn.Module) -> str:
     if len(flags) > 1:
         return "as_is"
     return "train" if flags.pop() else "eval"
-
-
-def _flags(tree: nn.Module, mode: str) -> dict[str, bool]:
-    return {
-        path: module.training if mode == "as_is" else mode == "train"
-        for path, module in tree.named_modules(remove_duplicate=False)
-    }
 
 
 def _dtypes(tree: nn.Module) -> tuple[torch.dtype, ...]:
