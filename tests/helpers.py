@@ -90,9 +90,11 @@ def check_against_autocast(
         for call in range(calls):
             context = torch.autocast(device, dtype) if policy == "autocast" else nullcontext()
             with quiet():
-                expected, _ = run(reference, (*args, *loss_args), kwargs, context, seed=call)
+                expected, expected_grads = run(reference, (*args, *loss_args), kwargs, context, seed=call)
                 found, grads = run(amp, (*args, *loss_args), kwargs, nullcontext(), seed=call)
             assert_same(found, expected, f"training={training} call={call} output")
+            for name, gradient in expected_grads.items():
+                assert_same([grads[name]], [gradient], f"training={training} gradient of {name}")
             for name, parameter in expected_model.named_parameters():
                 assert (grads[name] is None) == (parameter.grad is None), f"gradient of {name}"
                 assert_same(grads[name], parameter.grad, f"training={training} gradient of {name}")

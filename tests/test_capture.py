@@ -249,7 +249,7 @@ class Keeper(nn.Module):
         (Branch, "branches on a tensor value"),
         (Counter, "sets self.calls, which a graph cannot carry to the next call"),
         (Chance, "draws from Python's random module, which a graph would freeze"),
-        (Keeper, "keeps a traced value in self.seen"),
+        (Keeper, "changes self.seen, which a graph cannot carry to the next call"),
     ],
 )
 def test_a_submodule_that_cannot_be_traced_stays_a_call(inner: type[nn.Module], reason: str) -> None:

@@ -7,12 +7,13 @@ trace runs on a throw-away clone, so nothing a forward does to ``self`` stays.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import linecache
 import os
 import pickle
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
@@ -24,6 +25,7 @@ from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
 from fxamp.capture.clone import clone_trees
+from fxamp.capture.patches import python_state
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.capture.source import is_library
 from fxamp.capture.tracer import HOOKS, THIS, WHOLE, AmpTracer
@@ -144,21 +146,44 @@ class Program:
         Raises:
             CaptureError: when the model's or the loss's own code cannot be traced, with the user's line.
         """
+        untraceable: dict[str, str] = {}
+        while True:
+            traced, changed = self._trace_once(layout, training, ambient, untraceable)
+            if not changed.keys() - untraceable.keys():
+                return traced
+            untraceable |= changed
+
+    def _trace_once(
+        self,
+        layout: Layout,
+        training: Mapping[str, bool],
+        ambient: tuple[str, torch.dtype] | None,
+        untraceable: Mapping[str, str],
+    ) -> tuple[Traced, dict[str, str]]:
+        """A graph, and the modules whose Python state the trace changed: these have to stay calls."""
         root, loss_tree = clone_trees(self.tree, self.loss_tree)
         if self._function is not None:
             root = self._holder  # a function calls the modules it closes over, so these cannot be clones
         model = self._function or getattr(root, self._method)
         entry = _Entry(self.signature, layout, model, loss_tree or self._loss)
         modules = _paths(root, loss_tree, self.loss_path)
-        tracer = AmpTracer(root, modules, entry, self.extras)
+        tracer = AmpTracer(root, modules, entry, self.extras, untraceable)
         if _is_library(root) and self._method == "forward":
             entry.model = tracer.call_whole
-        with _modes(modules, training), _autocast_answers(ambient):
+        state = {path: python_state(module) for path, module in modules.items()}
+        drawn = torch.get_rng_state()
+        with _modes(modules, training), _autocast_answers(ambient), _caches_emptied(modules.values()):
             try:
                 graph = tracer.run(entry.names())
+                if _purged(modules.values()):
+                    raise TraceError("keeps a traced value in a global or class variable")
+                changed = _changed(modules, state)
+                _check_root(changed, drawn)
             except Exception as error:
                 raise _capture_error(self.name, error) from error
-        return Traced(graph, layout, tracer.untraceable, tracer.mode_readers)
+            finally:
+                torch.set_rng_state(drawn)
+        return Traced(graph, layout, tracer.untraceable, tracer.mode_readers), changed
 
 
 class _Entry:
@@ -206,6 +231,62 @@ def _paths(root: nn.Module, loss: nn.Module | None, loss_path: str) -> dict[str,
     if loss is not None:
         found.update({f"{loss_path}.{path}".rstrip("."): module for path, module in loss.named_modules()})
     return found
+
+
+def _changed(modules: Mapping[str, nn.Module], before: Mapping[str, Any]) -> dict[str, str]:
+    now = {path: python_state(module) for path, module in modules.items()}
+    return {
+        path: f"changes self.{name}, which a graph cannot carry to the next call"
+        for path in modules
+        for name in now[path]
+        if now[path][name] != before[path].get(name)
+    }
+
+
+def _check_root(changed: Mapping[str, str], drawn: torch.Tensor) -> None:
+    if "" in changed:
+        raise TraceError(changed[""])
+    if not torch.equal(torch.get_rng_state(), drawn):
+        raise TraceError("draws random numbers on its own, which a graph would freeze")
+
+
+@contextmanager
+def _caches_emptied(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Empties ``functools.lru_cache`` of functions at hand afterwards: traced values must not stay in them."""
+    try:
+        yield
+    finally:
+        _purged(modules)
+        for value in _outside(modules):
+            if isinstance(value, functools._lru_cache_wrapper):
+                value.cache_clear()
+
+
+def _purged(modules: Iterable[nn.Module]) -> bool:
+    """Takes traced values out of global and class variables; whether there were any."""
+    found = False
+    for value in _outside(modules):
+        if type(value) is dict:
+            for key in [key for key, item in value.items() if isinstance(item, fx.Proxy)]:
+                found = True
+                del value[key]
+        elif type(value) is list and any(isinstance(item, fx.Proxy) for item in value):
+            found = True
+            value[:] = [item for item in value if not isinstance(item, fx.Proxy)]
+    return found
+
+
+def _outside(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    """The variables of the classes and files that the modules are written in, torch's left out."""
+    seen: set[int] = set()
+    for kind in {kind for module in modules for kind in type(module).__mro__}:
+        if kind.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        space = getattr(inspect.unwrap(vars(kind).get("forward", _outside)), "__globals__", {})
+        for namespace in (vars(kind), space):
+            if id(namespace) not in seen:
+                seen.add(id(namespace))
+                yield from list(namespace.values())
 
 
 def _free_name(tree: nn.Module, name: str) -> str:

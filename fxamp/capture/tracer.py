@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import operator
-import random
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -23,7 +22,15 @@ from torch.fx.proxy import TraceError
 from fxamp.capture.builtins import shadowed_builtins
 from fxamp.capture.calls import assign
 from fxamp.capture.guards import guard_at
-from fxamp.capture.patches import autograd_functions, check_python_state, factories, modules_watched
+from fxamp.capture.patches import (
+    autograd_functions,
+    check_random_state,
+    modules_watched,
+    python_state,
+    random_state,
+    refusals,
+    tensor_calls,
+)
 from fxamp.capture.proxy import AmpParameterProxy, AmpProxy
 from fxamp.capture.regions import RegionRecorder
 from fxamp.capture.source import user_frame, user_line
@@ -53,6 +60,7 @@ class _Mark(NamedTuple):
     scope: tuple[str, Any]
     stack: dict[str, Any]
     written: int
+    refused: int
 
 
 class AmpTracer(fx.Tracer):
@@ -66,6 +74,7 @@ class AmpTracer(fx.Tracer):
         modules: path to every module that the entry point may use, root included.
         entry: called with the proxies of the placeholders; what it returns is the graph's output.
         extras: tensors that no module owns, by the name they are read under; new ones are added.
+        untraceable: modules known to have to stay calls, with the reason.
     """
 
     def __init__(
@@ -74,15 +83,17 @@ class AmpTracer(fx.Tracer):
         modules: Mapping[str, nn.Module],
         entry: Callable[..., Any],
         extras: dict[str, torch.Tensor],
+        untraceable: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(autowrap_modules=(math,))
-        self.untraceable: dict[str, str] = {}
+        self.untraceable: dict[str, str] = dict(untraceable or {})
         self.extras = extras
         self.mode_readers: dict[str, bool] = {}
         self._entry = entry
         self._regions = RegionRecorder(self._emit)
         self._names: list[str] = []
         self._proxies: dict[str, fx.Proxy] = {}
+        self._refused: list[str] = []
         self._written: list[tuple[nn.Module, str, bool, Any]] = []
         self._modules = {id(module): path for path, module in modules.items()}
         self._tensors: dict[int, str] = {}
@@ -101,7 +112,8 @@ class AmpTracer(fx.Tracer):
                 stack.enter_context(self._regions.recording())
                 stack.enter_context(modules_watched(self._modules, self._read_training, self._set_attribute))
                 stack.enter_context(autograd_functions(self._record))
-                stack.enter_context(factories(self._record))
+                stack.enter_context(refusals())
+                stack.enter_context(tensor_calls(self._record, self._record_method))
                 stack.enter_context(shadowed_builtins())
                 return super().trace(self.root)
         finally:
@@ -115,9 +127,11 @@ class AmpTracer(fx.Tracer):
         return self._call_entry, [self.create_proxy("placeholder", name, (), {}) for name in self._names]
 
     def _call_entry(self, *proxies: fx.Proxy) -> Any:
-        drawn = random.getstate()
+        drawn = random_state()
         result = self._entry(*proxies)
-        check_python_state(self.root, drawn)
+        check_random_state(drawn)
+        if self._refused:
+            raise TraceError(self._refused[-1])  # the model's own code caught it
         return result
 
     def proxy(self, node: fx.Node) -> AmpProxy:
@@ -145,10 +159,12 @@ class AmpTracer(fx.Tracer):
         path = self.path_of_module(m)
         if path in self.untraceable:
             return self._call_leaf(m, path, args, kwargs)
-        mark, drawn = self._mark(), random.getstate()
+        mark, drawn = self._mark(), random_state()
         try:
             result = super().call_module(m, forward, args, kwargs)
-            check_python_state(m, drawn)
+            check_random_state(drawn)
+            if len(self._refused) > mark.refused:
+                raise TraceError(self._refused[-1])  # the model's own code caught it
         except Exception as error:
             if m is self.root:
                 raise
@@ -194,19 +210,28 @@ class AmpTracer(fx.Tracer):
         frame = user_frame(sys._getframe(1))
         guard = guard_at(frame) if frame is not None else None
         if guard is None:
-            raise TraceError("branches on a tensor value")
+            raise self._refusal("branches on a tensor value")
         if guard.whole:
             condition = obj if guard.value else self._emit(operator.not_, obj)
             self._emit(torch._assert, condition, f"the model requires: {guard.text} is {guard.value}")
         return guard.value
 
     def iter(self, obj: fx.Proxy) -> Any:
-        raise TraceError("iterates over a tensor, or over a tuple whose length is not known")
+        if obj.node.target in ("chunk", torch.chunk) and isinstance(obj.node.args[1], int):
+            return (obj[i] for i in range(obj.node.args[1]))  # type: ignore[index]
+        raise self._refusal("iterates over a tensor, or over a tuple whose length is not known")
+
+    def _refusal(self, what: str) -> TraceError:
+        self._refused.append(what)
+        return TraceError(what)
 
     # -- our own -----------------------------------------------------------------------------------
 
     def _emit(self, function: Callable[..., Any], *args: Any) -> fx.Proxy:
         return self._record(function, args, {})
+
+    def _record_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
+        return self.create_proxy("call_method", name, args, kwargs)
 
     def _record(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
         return self.create_proxy("call_function", function, args, kwargs)
@@ -232,7 +257,7 @@ class AmpTracer(fx.Tracer):
     def _mark(self) -> _Mark:
         last = next(iter(reversed(self.graph.nodes)), self.graph._root)
         scope = (self.scope.module_path, self.scope.module_type)
-        return _Mark(last, len(self._proxies), scope, dict(self.module_stack), len(self._written))
+        return _Mark(last, len(self._proxies), scope, dict(self.module_stack), len(self._written), len(self._refused))
 
     def _go_back(self, mark: _Mark) -> None:
         for node in reversed(self.graph.nodes):
@@ -245,6 +270,7 @@ class AmpTracer(fx.Tracer):
         self.module_stack.clear()
         self.module_stack.update(mark.stack)
         self._undo_writes(mark.written)
+        del self._refused[mark.refused :]
 
     def _undo_writes(self, start: int) -> None:
         while len(self._written) > start:
@@ -260,6 +286,8 @@ class AmpTracer(fx.Tracer):
     def _set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         existed = name in module.__dict__
         before = module.__dict__.get(name)
+        if isinstance(value, fx.Proxy) and existed and before is None:
+            raise TraceError(f"keeps self.{name} for the next call, which may go another way then")
         if isinstance(value, fx.Proxy):
             owner = self.create_node("get_attr", self._modules[id(module)] or THIS, (), {})
             self.create_node("call_function", assign, (owner, name, value.node), {})

@@ -81,6 +81,9 @@ class AmpModule(fx.GraphModule):
         conversion = self._conversion
         plain = not kwargs and len(args) == conversion.positional and not any(type(a) in _BAKED for a in args)
         variant, values = (conversion.base, args) if plain else self._variant_for(args, kwargs)
+        if any(not isinstance(values[i], torch.Tensor) for i in variant.asked):
+            variant, values = self._variant_for(args, kwargs)
+            _check_asked(variant, values)
         for module, training in variant.mode_flags:
             if module.training is not training:
                 raise _other_mode(self, module, training)
@@ -114,8 +117,7 @@ class AmpModule(fx.GraphModule):
     def _variant_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Variant, Sequence[Any]]:
         conversion = self._conversion
         values = conversion.program.signature.bind(args, kwargs)
-        layout = conversion.program.signature.layout(values)
-        variant = conversion.variant(layout)
+        variant = conversion.variant_for(values)
         if variant.function is None:
             self._compile(variant)
         return variant, values_of(variant.traced.layout, values)
@@ -142,6 +144,8 @@ class AmpModule(fx.GraphModule):
         targets = {node.target for node in variant.graph.nodes if node.op == "call_function"}
         variant.ambient = any(isinstance(target, AmbientCall) for target in targets)
         variant.guarded = not _GRAD_REGION.isdisjoint(targets)
+        placeholders = [node for node in variant.traced.graph.nodes if node.op == "placeholder"]
+        variant.asked = tuple(i for i, node in enumerate(placeholders) if node.meta.get("asked"))
         variant.mode_flags = tuple(
             (self.get_submodule(path), flag) for path, flag in variant.traced.modes.items() if path
         )
@@ -285,6 +289,17 @@ def _other_mode(amp: AmpModule, module: nn.Module, traced: bool) -> CaptureError
         f"submodule '{path}' has training={module.training}, but the graph was traced with training={traced}",
         hint=f"put model.{path} into that mode before fxamp.convert(model), or switch the whole module",
     )
+
+
+def _check_asked(variant: Variant, values: Sequence[Any]) -> None:
+    names = [node.name for node in variant.traced.graph.nodes if node.op == "placeholder"]
+    for i in variant.asked:
+        if not isinstance(values[i], torch.Tensor):
+            raise CaptureError(
+                f"the graph was traced with a tensor for '{names[i]}', whose type the model asks for; "
+                f"found {describe(values[i])}",
+                hint="convert with example_inputs=... that have it",
+            )
 
 
 def _check_loss(loss: Any) -> None:

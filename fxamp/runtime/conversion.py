@@ -64,6 +64,7 @@ class Variant:
     ambient: bool = False
     guarded: bool = False
     mode_flags: tuple[tuple[nn.Module, bool], ...] = ()
+    asked: tuple[int, ...] = ()  # placeholders whose type the model asked for
 
 
 @dataclass
@@ -79,6 +80,7 @@ class Conversion:
         layout: of the call that ``graph`` and the report show.
         examples: the values of its placeholders, when example inputs were given.
         dtypes: those of the parameters and buffers when the graphs were planned.
+        refused: layouts whose numbers have to be baked in.
     """
 
     program: Program
@@ -93,6 +95,7 @@ class Conversion:
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
     held: dict[Any, Any] | None = None
     dtypes: tuple[torch.dtype, ...] = ()
+    refused: list[Layout] = field(default_factory=list)
 
     @staticmethod
     def start(
@@ -155,6 +158,20 @@ class Conversion:
         found = self._find(self.layout)
         assert found is not None
         return found
+
+    def variant_for(self, values: Mapping[str, Any]) -> Variant:
+        """The graph for a call with these arguments; numbers are baked in when code branches on them."""
+        signature = self.program.signature
+        layout, baked = signature.layout(values), signature.layout(values, bake_numbers=True)
+        if layout in self.refused:
+            return self.variant(baked)
+        try:
+            return self.variant(layout)
+        except CaptureError:
+            if layout == baked:
+                raise
+            self.refused.append(layout)
+            return self.variant(baked)
 
     def variant(self, layout: Layout) -> Variant:
         """The graph for a call of this layout in the current mode; traced now when it is the first such call."""
