@@ -7,7 +7,7 @@ and buffer. What a forward does to ``self`` while it is traced stays in the clon
 from __future__ import annotations
 
 import functools
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,6 +51,10 @@ def _clone(value: Any, memo: dict[int, Any]) -> Any:
     if type(value) is functools.partial:
         arguments = [_clone(argument, memo) for argument in value.args]
         return functools.partial(_clone(value.func, memo), *arguments, **value.keywords)
+    if type(value) is SimpleNamespace:
+        memo[id(value)] = new = SimpleNamespace()
+        new.__dict__.update({name: _clone(item, memo) for name, item in vars(value).items()})
+        return new
     if type(value) in (dict, list, set) or _is_ordered_dict(value):
         return _clone_container(value, memo)
     if type(value) is tuple and any(_holds_state(item) for item in value):

@@ -149,9 +149,14 @@ class Program:
         untraceable: dict[str, str] = {}
         while True:
             traced, changed = self._trace_once(layout, training, ambient, untraceable)
-            if not changed.keys() - untraceable.keys():
+            if not changed:
                 return traced
-            untraceable |= changed
+            for path, reason in changed.items():
+                while path in untraceable:  # not the module itself but who calls it writes to it
+                    path = path.rpartition(".")[0]
+                if not path:
+                    raise _capture_error(self.name, TraceError(reason))
+                untraceable[path] = reason
 
     def _trace_once(
         self,

@@ -25,15 +25,19 @@ class Writes:
         bases = {node}
         if not fresh:
             for source in node.all_input_nodes:
-                bases |= self._bases.get(source, frozenset({source}))
+                bases |= self.bases(source)
         self._bases[node] = frozenset(bases)
 
     def write(self, target: Any) -> None:
         """The value, and with it whatever it may be a view of, is written to."""
         if isinstance(target, fx.Node):
-            for base in self._bases.get(target, frozenset({target})):
+            for base in self.bases(target):
                 self._count[base] = self._count.get(base, 0) + 1
+
+    def bases(self, node: fx.Node) -> frozenset[fx.Node]:
+        """The value itself and all values that it may be a view of, or be."""
+        return self._bases.get(node, frozenset({node}))
 
     def version(self, node: fx.Node) -> int:
         """Grows with every write that the value may see."""
-        return sum(self._count.get(base, 0) for base in self._bases.get(node, frozenset({node})))
+        return sum(self._count.get(base, 0) for base in self.bases(node))

@@ -30,8 +30,9 @@ class Cast:
         dtype: what it becomes.
         soft: the value's dtype is not known: it is cast when autocast would cast it, else passed on.
         share: casts with the same non-empty key are one cast.
-        leaf_only: share only when at run time it is the same leaf of autograd, as autocast's cache does.
+        leaf_only: look up at run time whether the same leaf of autograd was cast, as autocast's cache does.
         weight: the value is a parameter.
+        epoch: which outermost autocast region it is in; nothing is shared between two.
     """
 
     slot: int
@@ -41,6 +42,7 @@ class Cast:
     share: str = ""
     leaf_only: bool = False
     weight: bool = False
+    epoch: int = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 autocast keeps the low copy of a leaf of autograd (a parameter, or an input that is one) until the outermost
 region ends, so all its uses add up their gradients in the low dtype; anything else is cast anew for
-each use. This is where that is followed, and where "fast" shares more. A write to a value ends sharing.
+each use. A parameter that is read directly is one cast for the whole graph. What may be a leaf only at run
+time (an input, a view, a part of a dict) is looked up by identity then. "fast" shares every value's cast.
+A write to a value ends sharing.
 """
 
 from __future__ import annotations
@@ -20,15 +22,13 @@ from fxamp.plan.aliasing import Writes
 from fxamp.plan.calls import Call, argument_nodes
 from fxamp.plan.decision import Cast, Decision
 from fxamp.plan.flow import Flow, tensors_in
-from fxamp.plan.results import USER_CASTS
 from fxamp.policy.flow import output_kind
 
 __all__ = ["Sharing"]
 
-# ``x.float()`` of a float32 tensor is x itself, and so has its place in autocast's cache.
-_MAY_RETURN_ITSELF: Final = frozenset(USER_CASTS) | frozenset(
-    "positive resolve_conj resolve_neg contiguous dropout alpha_dropout feature_dropout requires_grad".split()
-)
+# Operators that may hand on their argument although they are told as computing something new.
+_MAY_RETURN_ITSELF: Final = frozenset("positive conj resolve_conj resolve_neg real broadcast_tensors".split())
+_MAKES_LEAVES: Final = frozenset({"requires_grad", "getattr", "getitem", "alias", "detach"})
 
 
 class Sharing:
@@ -43,8 +43,8 @@ class Sharing:
         self._attribute = attribute
         self._everything = everything
         self._writes = Writes()
-        self._origins: dict[fx.Node, fx.Node] = {}  # the value that a call may hand on as it is
-        self._leaves: dict[str, object] = {}  # what stands for a leaf, by the name of the node cast
+        self._fresh: set[fx.Node] = set()  # results of computation: never leaves
+        self._leaves: dict[str, frozenset[object]] = {}  # what a value may be, by the name of its node
         self._ambient_leaves: set[object] = set()
 
     def define(self, node: fx.Node, call: Call | None = None, *, from_table: bool = False) -> None:
@@ -53,39 +53,37 @@ class Sharing:
             self._writes.define(node, fresh=True)
             return
         kind = output_kind(call.aten, node.target, node.args, node.kwargs) if call.aten else None
-        if call.aten in _MAY_RETURN_ITSELF:
-            kind = None
-            for first in node.all_input_nodes[:1]:
-                self._origins[node] = self._origins.get(first, first)
-        fresh = from_table or kind not in (None, "first")
-        self._writes.define(node, fresh=fresh and not call.inplace)
+        computed = kind not in (None, "first") and call.aten not in _MAY_RETURN_ITSELF
+        fresh = (from_table or computed) and not call.inplace
+        self._writes.define(node, fresh=fresh)
+        if (call.aten or fresh) and call.aten not in _MAKES_LEAVES:
+            self._fresh.add(node)
         unseen = [] if call.aten or call.steering else [n for n in node.all_input_nodes if n.op != "get_attr"]
         for target in (*call.writes, *unseen):
             self._writes.write(target)
 
     def shared(self, cast: Cast, source: fx.Node, state: AutocastState) -> Cast:
-        """The cast with the key under which it is shared, if it is."""
-        origin = self._origins.get(source, source)
-        value = self._attribute(str(origin.target)) if origin.op == "get_attr" else None
+        """The cast with the key under which it is shared, or marked to be looked up at run time."""
+        value = self._attribute(str(source.target)) if source.op == "get_attr" else None
         weight = isinstance(value, nn.Parameter)
-        self._leaves[source.name] = self._leaf(source)
-        is_leaf = origin.op == "placeholder" or (
-            isinstance(value, torch.Tensor) and ((weight and value.dtype == torch.float32) or not value.requires_grad)
-        )
-        cached = cast.dtype == state.dtype and state.cache_enabled and is_leaf
-        if not (self._everything or cached):
-            return replace(cast, weight=weight)
-        held = source if self._everything else origin
-        key = f"{held.name}:{cast.dtype}:{self._writes.version(held)}:{state.epoch}"
-        leaf_only = not self._everything and (origin.op == "placeholder" or origin is not source)
-        return replace(cast, share=key, leaf_only=leaf_only, weight=weight)
+        cast = replace(cast, weight=weight, epoch=state.epoch)
+        key = f"{source.name}:{cast.dtype}:{self._writes.version(source)}:{state.epoch}"
+        if self._everything:
+            return replace(cast, share=key)
+        if cast.dtype != state.dtype or not state.cache_enabled:
+            return cast
+        self._leaves[source.name] = self._may_be(source)
+        if isinstance(value, torch.Tensor):
+            static = value.dtype == torch.float32 if weight else not value.requires_grad
+            return replace(cast, share=key) if static else replace(cast, leaf_only=not weight)
+        return replace(cast, leaf_only=bool(self._leaves[source.name]))
 
     def note_ambient(self, node: fx.Node, inputs: tuple[Flow, ...]) -> None:
         """Remembers the leaves that a call left to autocast may cast."""
         modules = [self._attribute(str(node.target))] if node.op == "call_module" else []
         for source, flow in zip(argument_nodes(node), inputs, strict=True):
             if any(value.dtype is None or is_castable(value.dtype) for value in tensors_in(flow)):
-                self._ambient_leaves.add(self._leaf(source))
+                self._ambient_leaves |= self._may_be(source)
             value = self._attribute(str(source.target)) if source.op == "get_attr" else None
             modules += [value] if isinstance(value, nn.Module) else []
         for module in modules:
@@ -97,16 +95,35 @@ class Sharing:
         while True:
             moved = [i for i, d in found.items() if d.how == "call" and self._ambient_leaves & self._cached(d)]
             if not moved:
-                return list(found.values())
+                return _looked_up(list(found.values()))
             for i in moved:
                 self._ambient_leaves |= self._cached(found[i])
                 reason = f"{found[i].reason}, shared with an opaque call"
                 found[i] = replace(found[i], how="ambient", casts=(), reason=reason)
 
     def _cached(self, decision: Decision) -> set[object]:
-        return {self._leaves[cast.value] for cast in decision.casts if cast.share}
+        casts = (cast for cast in decision.casts if cast.share or cast.leaf_only)
+        return {leaf for cast in casts for leaf in self._leaves.get(cast.value, ())}
 
-    def _leaf(self, node: fx.Node) -> object:
-        """What stands for the leaf that a value may be: a parameter's identity, an input's name."""
-        origin = self._origins.get(node, node)
-        return id(self._attribute(str(origin.target))) if origin.op == "get_attr" else origin.name
+    def _may_be(self, node: fx.Node) -> frozenset[object]:
+        """What stands for each leaf that a value may be: a parameter's identity, the name of any other."""
+        found: set[object] = set()
+        for base in self._writes.bases(node) - self._fresh:
+            value = self._attribute(str(base.target)) if base.op == "get_attr" else None
+            if base.op != "get_attr" or (isinstance(value, torch.Tensor) and value.requires_grad):
+                found.add(id(value) if base.op == "get_attr" else base.name)
+        return frozenset(found)
+
+
+def _looked_up(decisions: list[Decision]) -> list[Decision]:
+    """The decisions; a single cast of what may be a leaf has nothing to share with, and is a plain one."""
+    casts = [cast for decision in decisions for cast in decision.casts]
+    if sum(cast.leaf_only for cast in casts) != 1 or any(cast.share for cast in casts if cast.leaf_only):
+        return decisions
+    alone = next(cast for cast in casts if cast.leaf_only)
+    if alone.value not in {decision.name for decision in decisions if decision.op == "placeholder"}:
+        return decisions
+    return [
+        replace(d, casts=tuple(replace(cast, leaf_only=False) for cast in d.casts)) if alone in d.casts else d
+        for d in decisions
+    ]

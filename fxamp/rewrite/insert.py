@@ -69,14 +69,14 @@ class _Inserter:
 
     def _cast(self, value: fx.Node, cast: Cast, decision: Decision) -> fx.Node:
         first = self._shared.get(cast.share) if cast.share else None
-        if first is not None and not (cast.leaf_only or first.meta["cast"].leaf_only):
+        if first is not None:
             return first
         name = f"{value.name}_{abbreviate(cast.dtype)}"
-        if first is not None:
-            arguments = (value, cast.dtype, first, first.args[0])
-            node = self._graph.create_node("call_function", leaf_cast, arguments, {}, name)
+        epoch = (cast.epoch,) if cast.epoch >= 0 else ()
+        if cast.leaf_only:
+            node = self._graph.create_node("call_function", leaf_cast, (value, cast.dtype, *epoch), {}, name)
         elif cast.weight and cast.share and value.op == "get_attr":
-            node = self._graph.create_node("call_function", cast_weight, (value, cast.dtype), {}, name)
+            node = self._graph.create_node("call_function", cast_weight, (value, cast.dtype, *epoch), {}, name)
         elif cast.soft:
             node = self._graph.create_node("call_function", soft_cast, (value, cast.dtype), {}, name)
         else:

@@ -21,7 +21,7 @@ from fxamp.capture.packing import pack_graph, unpack_graph
 from fxamp.errors import CaptureError, FxampError, describe
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
-from fxamp.runtime.casts import HELD, AmbientCall, execution_device_type
+from fxamp.runtime.casts import HELD, AmbientCall, Held, execution_device_type, leaf_cast
 from fxamp.runtime.conversion import Conversion, Variant
 from fxamp.runtime.inspection import Inspection
 from fxamp.runtime.scaler import GradScaler
@@ -30,7 +30,7 @@ __all__ = ["AmpModule", "inspect", "not_a_scalar"]
 
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BAKED = (bool, str, type(None))
-_GRAD_REGION = frozenset({torch._C._set_grad_enabled, enter_inference_mode})
+_GUARDED = frozenset({torch._C._set_grad_enabled, enter_inference_mode, leaf_cast})
 
 
 class AmpModule(fx.GraphModule):
@@ -94,7 +94,8 @@ class AmpModule(fx.GraphModule):
 
     def _run(self, variant: Variant, values: Any) -> Any:
         device_type = execution_device_type(self._conversion.policy.device_type or "cpu")
-        if variant.guarded or HELD or self._conversion.held is not None:
+        shares = variant.guarded or HELD or self._conversion.held is not None
+        if shares and not torch.compiler.is_compiling():
             return self._run_guarded(variant, values, device_type)
         if variant.ambient or torch.is_autocast_enabled(device_type):
             # The graph has its casts; one context around all opaque calls lets them share autocast's cache.
@@ -105,7 +106,7 @@ class AmpModule(fx.GraphModule):
     def _run_guarded(self, variant: Variant, values: Any, device_type: str) -> Any:
         """For graphs that switch the grad mode, which an exception must not leave switched, and held weights."""
         grad_mode, depth = torch.is_grad_enabled(), leave_inference_modes()
-        HELD.append(self._conversion.held if self._conversion.held is not None else {})
+        HELD.append(Held(self._conversion.held if self._conversion.held is not None else {}, {}))
         try:
             with torch.autocast(device_type, enabled=False):
                 return variant.function(self, *values)
@@ -143,7 +144,7 @@ class AmpModule(fx.GraphModule):
     def _finish(self, variant: Variant) -> None:
         targets = {node.target for node in variant.graph.nodes if node.op == "call_function"}
         variant.ambient = any(isinstance(target, AmbientCall) for target in targets)
-        variant.guarded = not _GRAD_REGION.isdisjoint(targets)
+        variant.guarded = not _GUARDED.isdisjoint(targets)
         placeholders = [node for node in variant.traced.graph.nodes if node.op == "placeholder"]
         variant.asked = tuple(i for i, node in enumerate(placeholders) if node.meta.get("asked"))
         variant.mode_flags = tuple(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ from fxamp.capture import AutocastState
 from fxamp.capture.packing import pack_callable, unpack_callable
 
 __all__ = [
+    "Held",
     "HELD",
     "AmbientCall",
     "DtypeCall",
@@ -27,9 +28,18 @@ __all__ = [
     "soft_cast",
 ]
 
-# Low copies of weights while ``AmpModule.hold_weights`` is active, else None.
-HELD: list[dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]]] = []
+Copies = dict[tuple[int, torch.dtype, int], tuple[torch.Tensor, int, torch.Tensor]]
 
+
+class Held(NamedTuple):
+    """Low copies that outlive one cast: of weights and of other tensors, by identity and dtype."""
+
+    weights: Copies
+    others: Copies
+
+
+# One entry for each forward that is running and shares casts at run time.
+HELD: list[Held] = []
 
 _epoch = [-1]  # of the opaque call that ran last
 
@@ -54,30 +64,34 @@ def soft_cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def leaf_cast(value: Any, dtype: torch.dtype, first: Any, source: Any) -> Any:
-    """A later cast of a value that may be ``source``, whose ``first`` cast is at hand.
+def leaf_cast(value: Any, dtype: torch.dtype, epoch: int = -1) -> Any:
+    """The cast of a value that may be a leaf of autograd, or autocast's kept copy of it.
 
-    autocast's cache gives back the first one for a leaf of autograd, and casts anything else again; for a
-    tensor without gradient the two are the same.
+    autocast keeps the low copy of a float32 leaf and casts anything else again; for a tensor without
+    gradient the two are the same. A tensor that was written to since is cast again, and so is one in another
+    ``epoch``: autocast empties its cache when the outermost region ends.
     """
-    if not isinstance(value, torch.Tensor) or value is not source:
+    if not isinstance(value, torch.Tensor) or not HELD or value.dtype != torch.float32:
         return soft_cast(value, dtype)
-    if not value.requires_grad:
-        return first
-    cached = value.is_leaf and value.dtype == torch.float32 and (torch.compiler.is_compiling() or not value._is_view())
-    return first if cached else soft_cast(value, dtype)
-
-
-def cast_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight in the low dtype: cast now, or the copy that ``hold_weights`` keeps."""
-    if not HELD:
-        return weight.to(dtype)
+    if (value.requires_grad and (not value.is_leaf or value._is_view())) or value.is_inference():
+        return value.to(dtype)
     held = HELD[-1]
-    kept = held.get((id(weight), dtype))
-    if kept is None:
+    return _kept(held.weights if isinstance(value, torch.nn.Parameter) else held.others, value, dtype, epoch)
+
+
+def cast_weight(weight: torch.Tensor, dtype: torch.dtype, epoch: int = -1) -> torch.Tensor:
+    """The weight in the low dtype: cast now, or the copy that ``hold_weights`` keeps."""
+    return _kept(HELD[-1].weights, weight, dtype, epoch) if HELD else weight.to(dtype)
+
+
+def _kept(copies: Copies, value: torch.Tensor, dtype: torch.dtype, epoch: int) -> torch.Tensor:
+    kept = copies.get((id(value), dtype, epoch))
+    version = -1 if isinstance(value, torch.nn.Parameter) else value._version
+    if kept is None or kept[1] != version:
+        # With gradients, whatever the mode: a later use may be in another.
         with torch.inference_mode(False), torch.enable_grad():
-            kept = held[id(weight), dtype] = (weight, weight.to(dtype))
-    return kept[1]
+            kept = copies[id(value), dtype, epoch] = (value, version, value.to(dtype))
+    return kept[2]
 
 
 def execution_device_type(device_type: str) -> str:
