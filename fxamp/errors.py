@@ -56,10 +56,12 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 def describe(value: object) -> str:
     """A value as an error names it: plain values as they are written, any other by its type."""
-    if value is None or isinstance(value, bool | int | float | str):
+    kind = type(value)
+    if value is None or isinstance(value, bool | int | float | str) or kind.__name__ == "dtype":
         return repr(value)
-    module = type(value).__module__
-    return f"an object of type {module}.{type(value).__qualname__}" if module != "torch" else repr(value)
+    if callable(value) and not isinstance(value, type) and hasattr(value, "__name__"):
+        return f"the function {value.__name__}"
+    return f"a {kind.__name__}" if kind.__module__ == "builtins" else f"an object of type {kind.__qualname__}"
 
 
 def _rebuild(kind: type[FxampError], message: str, hint: str) -> FxampError:

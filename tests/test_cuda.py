@@ -61,9 +61,7 @@ def test_the_rules_follow_the_module_to_the_gpu() -> None:
 def test_training_in_float16_with_the_scaler() -> None:
     torch.use_deterministic_algorithms(False)
     tokens = torch.randint(0, 23, (16, 8), device="cuda")
-    amp = fxamp.convert(
-        GPT().cuda(), lambda y, t: F.cross_entropy(y.flatten(0, 1), t.flatten()), dtype=torch.float16
-    )
+    amp = fxamp.convert(GPT().cuda(), lambda y, t: F.cross_entropy(y.flatten(0, 1), t.flatten()), dtype=torch.float16)
     optimizer = torch.optim.AdamW(amp.parameters(), lr=1e-2, fused=True)
     losses = []
     for _ in range(40):

@@ -423,9 +423,6 @@ def test_an_override_of_a_shared_module_holds_for_every_call_of_it() -> None:
     assert found["linear_2"] == ("lower", "op table")
 
 
-@pytest.mark.xfail(
-    strict=True, raises=fxamp.PolicyError, reason="only the first name of a shared module can be overridden"
-)
 @pytest.mark.parametrize("name", ["decoder", "dec*"])
 def test_a_shared_module_has_its_other_name_too(name: str) -> None:
     found = rulings(Shared(), AUTOCAST.with_modules({name: "fp32"}))

@@ -127,18 +127,7 @@ def entries(docstring: str, section: str) -> list[str]:
     return found
 
 
-UNEXPLAINED = pytest.mark.xfail(strict=True, reason="its argument is not explained")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=[UNEXPLAINED] if name.startswith("Policy.") and name.endswith(("ruling", "rulings")) else []
-        )
-        for name in PUBLIC
-    ],
-)
+@pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_name_is_documented(name: str) -> None:
     value, owner = PUBLIC[name]
     docstring = inspect.cleandoc(value.__doc__ or "")

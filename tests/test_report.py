@@ -222,14 +222,8 @@ def test_the_text_is_plain(name: str, device_type: str, examples: bool) -> None:
     assert found.to_dict() == found.to_dict()
 
 
-WIDE = {("gpt_loss", "cuda"), ("experts", "cpu"), ("regions", "cpu"), ("weights", "cpu"), ("weights", "cuda")}
-TOO_WIDE = pytest.mark.xfail(strict=True, reason="what the columns are cut to at most adds up to 136 characters")
-
-
 @pytest.mark.parametrize("examples", [True, False], ids=["examples", "derived"])
-@pytest.mark.parametrize(
-    ("name", "device_type"), [pytest.param(*case, marks=[TOO_WIDE] if case in WIDE else []) for case in ALL]
-)
+@pytest.mark.parametrize(("name", "device_type"), ALL)
 def test_no_line_is_wider_than_119(name: str, device_type: str, examples: bool) -> None:
     text = str(zoo(name, device_type, examples)[1])
     assert max(map(len, text.splitlines())) <= 119

@@ -127,7 +127,7 @@ def _shadow_len() -> Callable[..., Any]:
 def shadowed_builtins() -> Iterator[None]:
     """Puts the versions that know proxies in place of the builtins until the block ends."""
     recorded = {name: _recorded(getattr(builtins, name)) for name in ("max", "min", "round")}
-    shadows = {"isinstance": _isinstance, "hasattr": _hasattr, "len": _shadow_len(), **recorded}
+    shadows: Any = {"isinstance": _isinstance, "hasattr": _hasattr, "len": _shadow_len(), **recorded}
     finfo = _recorded(torch.finfo)
     with mock.patch.multiple(builtins, **shadows), mock.patch.object(torch, "finfo", finfo):
         yield

@@ -7,14 +7,9 @@ trace runs on a throw-away clone, so nothing a forward does to ``self`` stays.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
-import linecache
-import os
 import pickle
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -25,9 +20,17 @@ from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
 from fxamp.capture.clone import clone_trees
+from fxamp.capture.failures import capture_error
 from fxamp.capture.patches import python_state
 from fxamp.capture.signature import CallSignature, Layout
-from fxamp.capture.source import is_library
+from fxamp.capture.surroundings import (
+    autocast_answers,
+    caches_emptied,
+    changed_modules,
+    check_root,
+    modes,
+    purged,
+)
 from fxamp.capture.tracer import HOOKS, THIS, WHOLE, AmpTracer
 from fxamp.errors import CaptureError
 
@@ -155,7 +158,7 @@ class Program:
                 while path in untraceable:  # not the module itself but who calls it writes to it
                     path = path.rpartition(".")[0]
                 if not path:
-                    raise _capture_error(self.name, TraceError(reason))
+                    raise capture_error(self.name, TraceError(reason))
                 untraceable[path] = reason
 
     def _trace_once(
@@ -177,15 +180,15 @@ class Program:
             entry.model = tracer.call_whole
         state = {path: python_state(module) for path, module in modules.items()}
         drawn = torch.get_rng_state()
-        with _modes(modules, training), _autocast_answers(ambient), _caches_emptied(modules.values()):
+        with modes(modules, training), autocast_answers(ambient), caches_emptied(modules.values()):
             try:
                 graph = tracer.run(entry.names())
-                if _purged(modules.values()):
+                if purged(modules.values()):
                     raise TraceError("keeps a traced value in a global or class variable")
-                changed = _changed(modules, state)
-                _check_root(changed, drawn)
+                changed = changed_modules(modules, state)
+                check_root(changed, drawn)
             except Exception as error:
-                raise _capture_error(self.name, error) from error
+                raise capture_error(self.name, error) from error
             finally:
                 torch.set_rng_state(drawn)
         return Traced(graph, layout, tracer.untraceable, tracer.mode_readers), changed
@@ -238,62 +241,6 @@ def _paths(root: nn.Module, loss: nn.Module | None, loss_path: str) -> dict[str,
     return found
 
 
-def _changed(modules: Mapping[str, nn.Module], before: Mapping[str, Any]) -> dict[str, str]:
-    now = {path: python_state(module) for path, module in modules.items()}
-    return {
-        path: f"changes self.{name}, which a graph cannot carry to the next call"
-        for path in modules
-        for name in now[path]
-        if now[path][name] != before[path].get(name)
-    }
-
-
-def _check_root(changed: Mapping[str, str], drawn: torch.Tensor) -> None:
-    if "" in changed:
-        raise TraceError(changed[""])
-    if not torch.equal(torch.get_rng_state(), drawn):
-        raise TraceError("draws random numbers on its own, which a graph would freeze")
-
-
-@contextmanager
-def _caches_emptied(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Empties ``functools.lru_cache`` of functions at hand afterwards: traced values must not stay in them."""
-    try:
-        yield
-    finally:
-        _purged(modules)
-        for value in _outside(modules):
-            if isinstance(value, functools._lru_cache_wrapper):
-                value.cache_clear()
-
-
-def _purged(modules: Iterable[nn.Module]) -> bool:
-    """Takes traced values out of global and class variables; whether there were any."""
-    found = False
-    for value in _outside(modules):
-        if type(value) is dict:
-            for key in [key for key, item in value.items() if isinstance(item, fx.Proxy)]:
-                found = True
-                del value[key]
-        elif type(value) is list and any(isinstance(item, fx.Proxy) for item in value):
-            found = True
-            value[:] = [item for item in value if not isinstance(item, fx.Proxy)]
-    return found
-
-
-def _outside(modules: Iterable[nn.Module]) -> Iterator[Any]:
-    """The variables of the classes and files that the modules are written in, torch's left out."""
-    seen: set[int] = set()
-    for kind in {kind for module in modules for kind in type(module).__mro__}:
-        if kind.__module__.partition(".")[0] in ("torch", "builtins"):
-            continue
-        space = getattr(inspect.unwrap(vars(kind).get("forward", _outside)), "__globals__", {})
-        for namespace in (vars(kind), space):
-            if id(namespace) not in seen:
-                seen.add(id(namespace))
-                yield from list(namespace.values())
-
-
 def _free_name(tree: nn.Module, name: str) -> str:
     while hasattr(tree, name):
         name += "_"
@@ -307,35 +254,6 @@ def _is_library(module: nn.Module) -> bool:
         nn.Module,
         *containers,
     )
-
-
-@contextmanager
-def _modes(modules: Mapping[str, nn.Module], training: Mapping[str, bool]) -> Iterator[None]:
-    before = {module: module.training for module in modules.values()}
-    try:
-        for path, module in modules.items():
-            module.__dict__["training"] = training.get(path, module.training)
-        yield
-    finally:
-        for module, flag in before.items():
-            module.__dict__["training"] = flag
-
-
-@contextmanager
-def _autocast_answers(ambient: tuple[str, torch.dtype] | None) -> Iterator[None]:
-    """Autocast switched on for whoever asks; torch.autocast itself would refuse "cuda" without a GPU."""
-    if ambient is None:
-        yield
-        return
-    device_type, dtype = ambient
-    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    torch.set_autocast_enabled(device_type, True)
-    torch.set_autocast_dtype(device_type, dtype)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(device_type, before[0])
-        torch.set_autocast_dtype(device_type, before[1])
 
 
 def _owning_module(model: Any) -> nn.Module | None:
@@ -354,35 +272,6 @@ def _holder(function: Callable[..., Any]) -> nn.Module:
         if isinstance(value, nn.Module | nn.Parameter):
             setattr(holder, name, value)
     return holder
-
-
-def _capture_error(model: str, error: Exception) -> CaptureError:
-    if isinstance(error, CaptureError):
-        return error
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_library(f.filename)]
-    where, line = model, "forward"
-    if frames:
-        where = f"{_qualified(error, model)} ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})"
-        line = linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip().rstrip(":")
-    if isinstance(error, TraceError) and str(error).startswith("branches"):
-        what = f"the branch `{line}` depends on a tensor value"
-    else:
-        what = f"`{line}` {error}" if isinstance(error, TraceError) else f"`{line}`: {error}"
-    return CaptureError(
-        f"cannot trace {where}: {what}",
-        hint="put that line into a submodule of its own: a module that cannot be traced stays a call",
-    )
-
-
-def _qualified(error: Exception, model: str) -> str:
-    found, trace = model, error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if not is_library(code.co_filename):
-            owner = trace.tb_frame.f_locals.get("self")
-            found = f"{type(owner).__name__}.{code.co_name}" if owner is not None else code.co_qualname
-        trace = trace.tb_next
-    return found
 
 
 def _picklable(function: Any) -> Any:

@@ -26,7 +26,6 @@ from fxamp.capture.patches import (
     autograd_functions,
     check_random_state,
     modules_watched,
-    python_state,
     random_state,
     refusals,
     tensor_calls,

@@ -28,7 +28,7 @@ __all__ = ["Sharing"]
 
 # Operators that may hand on their argument although they are told as computing something new.
 _MAY_RETURN_ITSELF: Final = frozenset("positive conj resolve_conj resolve_neg real broadcast_tensors".split())
-_MAKES_LEAVES: Final = frozenset({"requires_grad", "getattr", "getitem", "alias", "detach"})
+_MAKES_LEAVES: Final = frozenset({"requires_grad", "detach"})
 
 
 class Sharing:
@@ -43,21 +43,26 @@ class Sharing:
         self._attribute = attribute
         self._everything = everything
         self._writes = Writes()
-        self._fresh: set[fx.Node] = set()  # results of computation: never leaves
-        self._leaves: dict[str, frozenset[object]] = {}  # what a value may be, by the name of its node
+        self._may_be: dict[fx.Node, frozenset[object]] = {}  # the leaves that a value may be
+        self._leaves: dict[str, frozenset[object]] = {}  # the same, by the name of the node
         self._ambient_leaves: set[object] = set()
 
     def define(self, node: fx.Node, call: Call | None = None, *, from_table: bool = False) -> None:
         """A value comes to be; ``from_table``: out of an operator of the table, so it is a new tensor."""
         if call is None:
             self._writes.define(node, fresh=True)
+            self._may_be[node] = self._named(node)
             return
         kind = output_kind(call.aten, node.target, node.args, node.kwargs) if call.aten else None
         computed = kind not in (None, "first") and call.aten not in _MAY_RETURN_ITSELF
         fresh = (from_table or computed) and not call.inplace
         self._writes.define(node, fresh=fresh)
-        if (call.aten or fresh) and call.aten not in _MAKES_LEAVES:
-            self._fresh.add(node)
+        if not call.aten or call.aten in _MAKES_LEAVES:
+            self._may_be[node] = frozenset({node.name})
+        elif fresh:
+            self._may_be[node] = frozenset()
+        else:
+            self._may_be[node] = frozenset().union(*(self._may_be[n] for n in node.all_input_nodes))
         unseen = [] if call.aten or call.steering else [n for n in node.all_input_nodes if n.op != "get_attr"]
         for target in (*call.writes, *unseen):
             self._writes.write(target)
@@ -72,7 +77,7 @@ class Sharing:
             return replace(cast, share=key)
         if cast.dtype != state.dtype or not state.cache_enabled:
             return cast
-        self._leaves[source.name] = self._may_be(source)
+        self._leaves[source.name] = self._may_be[source]
         if isinstance(value, torch.Tensor):
             static = value.dtype == torch.float32 if weight else not value.requires_grad
             return replace(cast, share=key) if static else replace(cast, leaf_only=not weight)
@@ -83,7 +88,7 @@ class Sharing:
         modules = [self._attribute(str(node.target))] if node.op == "call_module" else []
         for source, flow in zip(argument_nodes(node), inputs, strict=True):
             if any(value.dtype is None or is_castable(value.dtype) for value in tensors_in(flow)):
-                self._ambient_leaves |= self._may_be(source)
+                self._ambient_leaves |= self._may_be[source]
             value = self._attribute(str(source.target)) if source.op == "get_attr" else None
             modules += [value] if isinstance(value, nn.Module) else []
         for module in modules:
@@ -105,14 +110,13 @@ class Sharing:
         casts = (cast for cast in decision.casts if cast.share or cast.leaf_only)
         return {leaf for cast in casts for leaf in self._leaves.get(cast.value, ())}
 
-    def _may_be(self, node: fx.Node) -> frozenset[object]:
-        """What stands for each leaf that a value may be: a parameter's identity, the name of any other."""
-        found: set[object] = set()
-        for base in self._writes.bases(node) - self._fresh:
-            value = self._attribute(str(base.target)) if base.op == "get_attr" else None
-            if base.op != "get_attr" or (isinstance(value, torch.Tensor) and value.requires_grad):
-                found.add(id(value) if base.op == "get_attr" else base.name)
-        return frozenset(found)
+    def _named(self, node: fx.Node) -> frozenset[object]:
+        """What stands for an input or a tensor that is read: a parameter's identity, the name of any other."""
+        if node.op != "get_attr":
+            return frozenset({node.name})
+        value = self._attribute(str(node.target))
+        is_leaf = isinstance(value, torch.Tensor) and value.requires_grad
+        return frozenset({id(value)} if is_leaf else ())
 
 
 def _looked_up(decisions: list[Decision]) -> list[Decision]:

@@ -12,7 +12,7 @@ from torch import fx
 
 from fxamp.dtypes import is_castable
 from fxamp.errors import VerifyError
-from fxamp.plan import Decision, PrecisionPlan, tensors_in
+from fxamp.plan import Cast, Decision, PrecisionPlan, argument_nodes, tensors_in
 
 __all__ = ["verify"]
 
@@ -50,19 +50,34 @@ def _own_nodes_stay(graph: fx.Graph, traced: fx.Graph, plan: PrecisionPlan) -> I
 
 
 def _casts_as_planned(graph: fx.Graph, traced: fx.Graph, plan: PrecisionPlan) -> Iterator[Finding]:
-    """Each planned cast feeds its call, in the planned dtype, and there is no other."""
+    """Each argument of a call is what was traced, or the planned cast of it; there is no other cast."""
     nodes = {node.name: node for node in graph.nodes}
-    used = set()
-    for decision in plan:
-        feeding = [n for n in nodes[decision.name].all_input_nodes if "cast" in n.meta]
-        used.update(feeding)
-        wanted = sorted(str(cast.dtype) for cast in decision.casts)
-        found = {str(n.meta["cast"].dtype) for n in feeding}
-        if found != set(wanted):
-            yield decision.name, f"its inputs are cast to {sorted(found)}, planned are {wanted}"
+    used: set[fx.Node] = set()
+    for before in traced.nodes:
+        planned = {cast.slot: cast for cast in plan[before.name].casts}
+        found = [n for n in argument_nodes(nodes[before.name]) if not n.meta.get("module_of")]
+        expected = argument_nodes(before)
+        if len(found) != len(expected):
+            yield before.name, f"it has {len(found)} arguments, traced were {len(expected)}"
+        for slot, (now, then) in enumerate(zip(found, expected, strict=False)):
+            used.add(now)
+            if slot in planned and not _casts(now, planned[slot]):
+                yield before.name, f"'{now.name}' is not the planned cast of '{then.name}' to {planned[slot].dtype}"
+            if slot not in planned and now.name != then.name:
+                yield before.name, f"found '{now.name}' in place of '{then.name}'"
     for node in graph.nodes:
-        if "cast" in node.meta and node not in used and not any("cast" in user.meta for user in node.users):
+        if "cast" in node.meta and node not in used:
             yield node.name, "a cast that no planned call uses"
+
+
+def _casts(node: fx.Node, cast: Cast) -> bool:
+    """Whether a node casts what was planned to what was planned, or is the cast that it shares."""
+    made = node.meta.get("cast")
+    if made is None or len(node.args) < 2 or node.args[1] != cast.dtype or made.dtype != cast.dtype:
+        return False
+    source = node.args[0]
+    same = isinstance(source, fx.Node) and source.name == cast.value
+    return same or (bool(cast.share) and made.share == cast.share)
 
 
 def _only_castable(graph: fx.Graph, traced: fx.Graph, plan: PrecisionPlan) -> Iterator[Finding]:

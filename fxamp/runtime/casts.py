@@ -17,10 +17,10 @@ from fxamp.capture import AutocastState
 from fxamp.capture.packing import pack_callable, unpack_callable
 
 __all__ = [
-    "Held",
     "HELD",
     "AmbientCall",
     "DtypeCall",
+    "Held",
     "PromoteCall",
     "cast_weight",
     "execution_device_type",

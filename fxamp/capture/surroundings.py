@@ -1,0 +1,105 @@
+"""What surrounds a trace: the modes it is made in, and what it must not leave behind."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.proxy import TraceError
+
+from fxamp.capture.patches import python_state
+
+__all__ = ["autocast_answers", "caches_emptied", "changed_modules", "check_root", "modes", "purged"]
+
+
+@contextmanager
+def modes(modules: Mapping[str, nn.Module], training: Mapping[str, bool]) -> Iterator[None]:
+    """The ``training`` flags that a trace is made with; the modules get theirs back."""
+    before = {module: module.training for module in modules.values()}
+    try:
+        for path, module in modules.items():
+            module.__dict__["training"] = training.get(path, module.training)
+        yield
+    finally:
+        for module, flag in before.items():
+            module.__dict__["training"] = flag
+
+
+@contextmanager
+def autocast_answers(ambient: tuple[str, torch.dtype] | None) -> Iterator[None]:
+    """Autocast switched on for whoever asks; torch.autocast itself would refuse "cuda" without a GPU."""
+    if ambient is None:
+        yield
+        return
+    device_type, dtype = ambient
+    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    torch.set_autocast_enabled(device_type, True)
+    torch.set_autocast_dtype(device_type, dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, before[0])
+        torch.set_autocast_dtype(device_type, before[1])
+
+
+def changed_modules(modules: Mapping[str, nn.Module], before: Mapping[str, Any]) -> dict[str, str]:
+    """Path of each module whose Python state is not as before, and what was changed."""
+    now = {path: python_state(module) for path, module in modules.items()}
+    return {
+        path: f"changes self.{name}, which a graph cannot carry to the next call"
+        for path in modules
+        for name in now[path]
+        if now[path][name] != before[path].get(name)
+    }
+
+
+def check_root(changed: Mapping[str, str], drawn: torch.Tensor) -> None:
+    """Raises TraceError when the model itself changed its state, or torch's random numbers were drawn."""
+    if "" in changed:
+        raise TraceError(changed[""])
+    if not torch.equal(torch.get_rng_state(), drawn):
+        raise TraceError("draws random numbers on its own, which a graph would freeze")
+
+
+@contextmanager
+def caches_emptied(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Empties ``functools.lru_cache`` of functions at hand afterwards: traced values must not stay in them."""
+    try:
+        yield
+    finally:
+        purged(modules)
+        for value in _outside(modules):
+            if isinstance(value, functools._lru_cache_wrapper):
+                value.cache_clear()
+
+
+def purged(modules: Iterable[nn.Module]) -> bool:
+    """Takes traced values out of global and class variables; whether there were any."""
+    found = False
+    for value in _outside(modules):
+        if type(value) is dict:
+            for key in [key for key, item in value.items() if isinstance(item, fx.Proxy)]:
+                found = True
+                del value[key]
+        elif type(value) is list and any(isinstance(item, fx.Proxy) for item in value):
+            found = True
+            value[:] = [item for item in value if not isinstance(item, fx.Proxy)]
+    return found
+
+
+def _outside(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    """The variables of the classes and files that the modules are written in, torch's left out."""
+    seen: set[int] = set()
+    for kind in {kind for module in modules for kind in type(module).__mro__}:
+        if kind.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        space = getattr(inspect.unwrap(vars(kind).get("forward", _outside)), "__globals__", {})
+        for namespace in (vars(kind), space):
+            if id(namespace) not in seen:
+                seen.add(id(namespace))
+                yield from list(namespace.values())
