@@ -90,7 +90,7 @@ def factories(m: Any, x: Tensor) -> Tensor:
 
 def shape_arithmetic(m: Any, x: Tensor) -> Tensor:
     b, c = x.shape
-    half = c // 2
+    half = int(c / 2) if isinstance(c, int) else 0
     y = m.fc(x)[:, :half] * (1 / math.sqrt(max(b, 2))) * len(x)
     return y.reshape(x.size(0) * half)
 

@@ -123,11 +123,46 @@ def _shadow_len() -> Callable[..., Any]:
     return call
 
 
+class _NumberKind(type):
+    """``int`` and ``float`` that record a call with a traced value, and are the plain ones to whoever asks."""
+
+    plain: type
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return _recorded(cls.plain)(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return _plain_isinstance(instance, cls.plain)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, cls.plain)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.plain
+
+    def __hash__(cls) -> int:
+        return hash(cls.plain)
+
+
+class _Int(int, metaclass=_NumberKind):
+    plain = int
+
+
+class _Float(float, metaclass=_NumberKind):
+    plain = float
+
+
 @contextmanager
-def shadowed_builtins() -> Iterator[None]:
-    """Puts the versions that know proxies in place of the builtins until the block ends."""
+def shadowed_builtins(*, numbers: bool) -> Iterator[None]:
+    """Puts the versions that know proxies in place of the builtins until the block ends.
+
+    Args:
+        numbers: ``int`` and ``float`` too. These are also types, so that is only for code that needs it.
+    """
     recorded = {name: _recorded(getattr(builtins, name)) for name in ("max", "min", "round")}
     shadows: Any = {"isinstance": _isinstance, "hasattr": _hasattr, "len": _shadow_len(), **recorded}
+    if numbers:
+        shadows |= {"int": _Int, "float": _Float}
     finfo = _recorded(torch.finfo)
     with mock.patch.multiple(builtins, **shadows), mock.patch.object(torch, "finfo", finfo):
         yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
@@ -35,6 +36,8 @@ from fxamp.capture.tracer import HOOKS, THIS, WHOLE, AmpTracer
 from fxamp.errors import CaptureError
 
 __all__ = ["Program", "Traced"]
+
+_NUMBER = re.compile(r"(int|float)\(\) argument must be")
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,15 @@ class Program:
             CaptureError: when the model's or the loss's own code cannot be traced, with the user's line.
         """
         untraceable: dict[str, str] = {}
+        numbers = False
         while True:
-            traced, changed = self._trace_once(layout, training, ambient, untraceable)
+            try:
+                traced, changed = self._trace_once(layout, training, ambient, untraceable, numbers)
+            except CaptureError as error:
+                if numbers or not _NUMBER.match(str(error.__cause__)):
+                    raise
+                numbers = True
+                continue
             if not changed:
                 return traced
             for path, reason in changed.items():
@@ -167,6 +177,7 @@ class Program:
         training: Mapping[str, bool],
         ambient: tuple[str, torch.dtype] | None,
         untraceable: Mapping[str, str],
+        numbers: bool,
     ) -> tuple[Traced, dict[str, str]]:
         """A graph, and the modules whose Python state the trace changed: these have to stay calls."""
         root, loss_tree = clone_trees(self.tree, self.loss_tree)
@@ -182,7 +193,7 @@ class Program:
         drawn = torch.get_rng_state()
         with modes(modules, training), autocast_answers(ambient), caches_emptied(modules.values()):
             try:
-                graph = tracer.run(entry.names())
+                graph = tracer.run(entry.names(), numbers=numbers)
                 if purged(modules.values()):
                     raise TraceError("keeps a traced value in a global or class variable")
                 changed = changed_modules(modules, state)

@@ -102,8 +102,13 @@ class AmpTracer(fx.Tracer):
                 self._tensors.setdefault(id(tensor), f"{path}.{name}".lstrip("."))
         self.root = root
 
-    def run(self, names: list[str]) -> fx.Graph:
-        """The graph of the entry point, with a placeholder for each of ``names``."""
+    def run(self, names: list[str], *, numbers: bool = False) -> fx.Graph:
+        """The graph of the entry point, with a placeholder for each of ``names``.
+
+        Args:
+            names: of the placeholders.
+            numbers: record ``int`` and ``float`` of traced values too.
+        """
         self._names = names
         grad_mode = torch.is_grad_enabled()
         try:
@@ -113,7 +118,7 @@ class AmpTracer(fx.Tracer):
                 stack.enter_context(autograd_functions(self._record))
                 stack.enter_context(refusals())
                 stack.enter_context(tensor_calls(self._record, self._record_method))
-                stack.enter_context(shadowed_builtins())
+                stack.enter_context(shadowed_builtins(numbers=numbers))
                 return super().trace(self.root)
         finally:
             torch.set_grad_enabled(grad_mode)
