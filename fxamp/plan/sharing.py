@@ -22,12 +22,17 @@ from fxamp.plan.aliasing import Writes
 from fxamp.plan.calls import Call, argument_nodes
 from fxamp.plan.decision import Cast, Decision
 from fxamp.plan.flow import Flow, tensors_in
+from fxamp.plan.results import USER_CASTS
 from fxamp.policy.flow import output_kind
 
 __all__ = ["Sharing"]
 
-# Operators that may hand on their argument although they are told as computing something new.
-_MAY_RETURN_ITSELF: Final = frozenset("positive conj resolve_conj resolve_neg real broadcast_tensors".split())
+# What may give back its argument itself, or a part of a container: only so is a result a leaf. A view is none.
+_MAY_RETURN_ITSELF: Final = frozenset(USER_CASTS) | frozenset(
+    "getitem getattr contiguous cpu cuda dropout alpha_dropout feature_dropout flatten ravel reshape reshape_as "
+    "atleast_1d atleast_2d atleast_3d real conj resolve_conj resolve_neg positive broadcast_tensors broadcast_to "
+    "sum_to_size to_dense as_tensor chunk split unbind".split()
+)
 _MAKES_LEAVES: Final = frozenset({"requires_grad", "detach"})
 
 
@@ -54,15 +59,15 @@ class Sharing:
             self._may_be[node] = self._named(node)
             return
         kind = output_kind(call.aten, node.target, node.args, node.kwargs) if call.aten else None
-        computed = kind not in (None, "first") and call.aten not in _MAY_RETURN_ITSELF
-        fresh = (from_table or computed) and not call.inplace
+        hands_on = call.inplace or call.aten in _MAY_RETURN_ITSELF
+        fresh = from_table or not (kind in (None, "first") or hands_on)
         self._writes.define(node, fresh=fresh)
-        if not call.aten or call.aten in _MAKES_LEAVES:
+        if not call.steering and (not call.aten or call.aten in _MAKES_LEAVES):
             self._may_be[node] = frozenset({node.name})
-        elif fresh:
-            self._may_be[node] = frozenset()
-        else:
+        elif hands_on:
             self._may_be[node] = frozenset().union(*(self._may_be[n] for n in node.all_input_nodes))
+        else:
+            self._may_be[node] = frozenset()
         unseen = [] if call.aten or call.steering else [n for n in node.all_input_nodes if n.op != "get_attr"]
         for target in (*call.writes, *unseen):
             self._writes.write(target)
