@@ -6,7 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-export OMP_NUM_THREADS ?= 2
+# One thread: the networks are small, and threads that wait for a busy core cost more than they bring.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test clean
 .NOTPARALLEL:

@@ -82,7 +82,7 @@ class AmpModule(fx.GraphModule):
         plain = not kwargs and len(args) == conversion.positional and not any(type(a) in _BAKED for a in args)
         variant, values = (conversion.base, args) if plain else self._variant_for(args, kwargs)
         if any(not isinstance(values[i], torch.Tensor) for i in variant.asked):
-            variant, values = self._variant_for(args, kwargs)
+            variant, values = self._variant_for(args, kwargs, bake_numbers=True)
             _check_asked(variant, values)
         for module, training in variant.mode_flags:
             if module.training is not training:
@@ -115,10 +115,12 @@ class AmpModule(fx.GraphModule):
             leave_inference_modes(depth)
             torch._C._set_grad_enabled(grad_mode)
 
-    def _variant_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Variant, Sequence[Any]]:
+    def _variant_for(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, bake_numbers: bool = False
+    ) -> tuple[Variant, Sequence[Any]]:
         conversion = self._conversion
         values = conversion.program.signature.bind(args, kwargs)
-        variant = conversion.variant_for(values)
+        variant = conversion.variant_for(values, bake_numbers=bake_numbers)
         if variant.function is None:
             self._compile(variant)
         return variant, values_of(variant.traced.layout, values)

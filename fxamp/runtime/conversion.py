@@ -159,11 +159,11 @@ class Conversion:
         assert found is not None
         return found
 
-    def variant_for(self, values: Mapping[str, Any]) -> Variant:
+    def variant_for(self, values: Mapping[str, Any], *, bake_numbers: bool = False) -> Variant:
         """The graph for a call with these arguments; numbers are baked in when code branches on them."""
         signature = self.program.signature
         layout, baked = signature.layout(values), signature.layout(values, bake_numbers=True)
-        if layout in self.refused:
+        if bake_numbers or layout in self.refused:
             return self.variant(baked)
         try:
             return self.variant(layout)
