@@ -485,3 +485,9 @@ class TestOpaque:
         assert amp.plan["lstm"].casts == ()
         with pytest.raises(ValueError, match="does not match weight dtype"):
             amp(x.bfloat16())
+
+
+def test_an_override_that_only_meets_writes_matches_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    with pytest.raises(fxamp.PolicyError, match="the override 'aten::relu' matches no operator of the model"):
+        fxamp.convert(model, policy=Policy.autocast("cpu").with_ops({torch.relu: "fp32"}))

@@ -227,7 +227,8 @@ class Conversion:
         return new
 
     def _check_op_overrides(self) -> None:
-        seen = {decision.aten for _, variant in self.variants for decision in variant.plan if decision.aten}
+        decisions = (decision for _, variant in self.variants for decision in variant.plan)
+        seen = {decision.aten for decision in decisions if decision.aten and decision.reason != "in-place"}
         for aten, _ in self.policy.ops:
             if aten not in seen:
                 close = nearest(aten, seen)
