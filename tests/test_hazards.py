@@ -104,6 +104,16 @@ def test_parameters_that_the_forward_updates() -> None:
     check_against_autocast(Net(momentum, slow=nn.Linear(8, 8).requires_grad_(False)), rows())
 
 
+def test_a_weight_written_between_two_uses_is_cast_again() -> None:
+    def decayed(m: Any, x: Tensor) -> Tensor:
+        first = x @ m.frozen
+        with torch.no_grad():
+            m.frozen.mul_(0.5)
+        return first + x @ m.frozen
+
+    check_against_autocast(Net(decayed, frozen=nn.Parameter(torch.randn(8, 8), requires_grad=False)), rows())
+
+
 def test_a_penalty_on_all_parameters() -> None:
     check_against_autocast(
         Net(lambda m, x: m.fc(x).float().sum() + sum(p.pow(2).sum() for p in m.parameters())), rows()

@@ -12,12 +12,22 @@ import torch
 from torch import fx, nn
 
 __all__ = [
+    "CALL_HOOKS",
     "AutogradFunctionCall",
     "assign",
     "enter_inference_mode",
     "exit_inference_mode",
+    "has_hooks",
     "leave_inference_modes",
 ]
+
+
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks of the user's."""
+    return any(getattr(module, name, None) for name in CALL_HOOKS)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
+from fxamp.capture.calls import has_hooks
 from fxamp.capture.clone import clone_trees
 from fxamp.capture.failures import capture_error
 from fxamp.capture.patches import python_state
@@ -32,7 +33,7 @@ from fxamp.capture.surroundings import (
     modes,
     purged,
 )
-from fxamp.capture.tracer import HOOKS, THIS, WHOLE, AmpTracer
+from fxamp.capture.tracer import THIS, WHOLE, AmpTracer
 from fxamp.errors import CaptureError
 
 __all__ = ["Program", "Traced"]
@@ -85,7 +86,7 @@ class Program:
         self.tree, self.loss_tree = clone_trees(self._holder, loss_module)
         self.loss_path = "" if loss_module is None else _free_name(self.tree, "loss")
         self._loss = loss if loss_module is None else None
-        if loss is not None and any(getattr(self.tree, name, None) for name in HOOKS):
+        if loss is not None and has_hooks(self.tree):
             raise CaptureError(
                 f"{self.name} has hooks, which a loss converted with it would not see",
                 hint="register them on a submodule, or put the model into a module of its own",

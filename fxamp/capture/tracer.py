@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from fxamp.capture.builtins import shadowed_builtins
-from fxamp.capture.calls import assign
+from fxamp.capture.calls import assign, has_hooks
 from fxamp.capture.guards import guard_at
 from fxamp.capture.patches import (
     autograd_functions,
@@ -34,7 +34,7 @@ from fxamp.capture.proxy import AmpParameterProxy, AmpProxy
 from fxamp.capture.regions import RegionRecorder
 from fxamp.capture.source import user_frame, user_line
 
-__all__ = ["HOOKS", "THIS", "WHOLE", "AmpTracer"]
+__all__ = ["THIS", "WHOLE", "AmpTracer"]
 
 THIS, WHOLE = "_this", "_whole"  # what a graph calls the converted module, and the model as one call
 
@@ -48,7 +48,6 @@ _LEAVES = (
     nn.MultiheadAttention,
     torch.jit.ScriptModule,
 )
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _Mark(NamedTuple):
@@ -155,7 +154,7 @@ class AmpTracer(fx.Tracer):
         return path
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LEAVES) or any(getattr(m, name, None) for name in HOOKS)
+        return isinstance(m, _LEAVES) or has_hooks(m)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if id(m) not in self._modules:

@@ -17,10 +17,10 @@ import torch
 from torch import fx, nn
 from torch.fx.node import _get_qualified_name
 
-from fxamp.capture.calls import assign, enter_inference_mode, exit_inference_mode
+from fxamp.capture.calls import assign, enter_inference_mode, exit_inference_mode, has_hooks
 from fxamp.policy.spellings import aten_name
 
-__all__ = ["HOOKS", "MODE_CALLS", "Call", "argument_nodes", "nodes_in", "read_call"]
+__all__ = ["MODE_CALLS", "Call", "argument_nodes", "nodes_in", "read_call"]
 
 # Leaf modules that run one operator, which autocast leaves alone.
 _LEAF_OPERATORS: Final = (
@@ -29,7 +29,6 @@ _LEAF_OPERATORS: Final = (
     (nn.modules.dropout._DropoutNd, "dropout"),
     (nn.RReLU, "rrelu"),
 )
-HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Calls that only steer what runs, and calls that tell something of a tensor.
 MODE_CALLS: Final = frozenset(
@@ -130,7 +129,7 @@ def read_call(node: fx.Node, module_of: Callable[[str], Any]) -> Call:
 
 def _module_call(module: nn.Module) -> Call:
     op = f"nn.{type(module).__name__}" if type(module).__module__.startswith("torch.nn") else type(module).__name__
-    if not any(getattr(module, name, None) for name in HOOKS):
+    if not has_hooks(module):
         for kind, aten in _LEAF_OPERATORS:
             if isinstance(module, kind) and type(module).__module__.startswith("torch.nn."):
                 return Call(op, aten)

@@ -16,10 +16,11 @@ from torch._subclasses import FakeTensorMode, fake_tensor
 from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
+from fxamp.capture.calls import has_hooks
 from fxamp.capture.clone import clone_tree
 from fxamp.dtypes import is_castable
 from fxamp.errors import CaptureError
-from fxamp.plan.calls import HOOKS, MODE_CALLS
+from fxamp.plan.calls import MODE_CALLS
 from fxamp.plan.decision import Decision
 from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, Value, of_object
 
@@ -85,7 +86,7 @@ class FakeObserver:
 
     def _call_module(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         # A clone over fake tensors: what the module writes, to itself or to its buffers, is not the user's.
-        if any(getattr(inner, name, None) for inner in module.modules() for name in HOOKS):
+        if any(map(has_hooks, module.modules())):
             raise NotImplementedError("hooks are the user's, and not run here")
         module = clone_tree(module)
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}

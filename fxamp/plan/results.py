@@ -31,6 +31,7 @@ USER_CASTS: Final[Mapping[str, torch.dtype | None]] = {
     "type": None,
     "type_as": None,
 }
+_SEQUENCES: Final = frozenset("chunk split split_with_sizes tensor_split unbind unsafe_chunk unsafe_split".split())
 _TABLES: Final = frozenset({"embedding", "embedding_bag"})
 # Operators whose result is never 0-dim; has the rank of the first input; has at least that rank.
 _SHAPED: Final = frozenset(
@@ -81,15 +82,7 @@ def result_of(
         return _lookup_result(cast_inputs)
     kind = output_kind(aten, node.target, node.args, node.kwargs) if aten else None
     found = _ranked(aten, outcome(kind, cast_inputs), cast_inputs)
-    if aten in (
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "tensor_split",
-        "unbind",
-        "unsafe_chunk",
-        "unsafe_split",
-    ):
+    if aten in _SEQUENCES:
         return Tensors(found) if isinstance(found, Value) else UNKNOWN
     return found
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from fxamp.capture import Program, values_of
-from fxamp.capture.calls import enter_inference_mode, leave_inference_modes
+from fxamp.capture.calls import CALL_HOOKS, enter_inference_mode, leave_inference_modes
 from fxamp.capture.packing import pack_graph, unpack_graph
 from fxamp.errors import CaptureError, FxampError, describe
 from fxamp.plan import PrecisionPlan
@@ -28,7 +28,6 @@ from fxamp.runtime.scaler import GradScaler
 
 __all__ = ["AmpModule", "inspect", "not_a_scalar"]
 
-_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BAKED = (bool, str, type(None))
 _GUARDED = frozenset({torch._C._set_grad_enabled, enter_inference_mode, leaf_cast})
 
@@ -54,9 +53,7 @@ class AmpModule(fx.GraphModule):
         """Becomes the root of the module tree: its tensors, submodules, hooks and mode."""
         inherited = nn.Module().__dict__
         for name, value in program.tree.__dict__.items():
-            if (name in inherited and not (program.has_loss and name in _CALL_HOOKS)) or isinstance(
-                value, torch.Tensor
-            ):
+            if (name in inherited and not (program.has_loss and name in CALL_HOOKS)) or isinstance(value, torch.Tensor):
                 self.__dict__[name] = value
         self.__dict__["_modules"] = program.whole._modules
         for module in program.loss_tree.modules() if program.loss_tree is not None else ():
@@ -257,7 +254,7 @@ class AmpModule(fx.GraphModule):
     def hold_weights(self) -> Any:
         """A context in which no weight is cast twice: for gradient accumulation and evaluation loops.
 
-        Inside it, changes to weights are not seen.
+        Inside it, a change made through ``.data`` is not seen; one in place, as of an optimizer, is.
         """
         return inspect(self).hold_weights()
 

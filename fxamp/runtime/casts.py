@@ -86,7 +86,7 @@ def cast_weight(weight: torch.Tensor, dtype: torch.dtype, epoch: int = -1) -> to
 
 def _kept(copies: Copies, value: torch.Tensor, dtype: torch.dtype, epoch: int) -> torch.Tensor:
     kept = copies.get((id(value), dtype, epoch))
-    version = -1 if isinstance(value, torch.nn.Parameter) else value._version
+    version = -1 if value.is_inference() else value._version
     if kept is None or kept[1] != version:
         # With gradients, whatever the mode: a later use may be in another.
         with torch.inference_mode(False), torch.enable_grad():
