@@ -327,10 +327,30 @@ def test_numbers_that_the_code_loops_over() -> None:
 
 
 def test_changes_to_torch_itself_are_refused() -> None:
-    def seeded(x: Tensor) -> Tensor:
-        torch.manual_seed(0)
+    def changed(x: Tensor) -> Tensor:
+        torch.set_default_dtype(torch.float64)
         return x + torch.randn(8)
 
-    with pytest.raises(fxamp.CaptureError, match="seeds torch's random numbers, which a graph would forget"):
-        fxamp.convert(seeded)
+    with pytest.raises(fxamp.CaptureError, match="changes the default dtype, which a graph would forget"):
+        fxamp.convert(changed)
+    assert torch.set_default_dtype.__module__ == "torch"
+
+
+def test_a_forward_seeds_torch_and_puts_its_random_numbers_back() -> None:
+    def seeded(x: Tensor) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            noise = torch.rand(8)
+        state = torch.get_rng_state()
+        other = torch.rand(8)
+        torch.set_rng_state(state)
+        return x * noise + other * torch.rand(8)
+
+    amp = fxamp.convert(seeded, dtype=torch.bfloat16)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        expected, after = seeded(torch.ones(8)), torch.rand(1)
+        torch.manual_seed(seed)
+        assert torch.equal(amp(torch.ones(8)), expected)
+        assert torch.equal(torch.rand(1), after)
     assert torch.manual_seed.__module__ == "torch.random"

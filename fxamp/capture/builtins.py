@@ -25,14 +25,18 @@ from fxamp.capture.source import is_library
 
 __all__ = ["shadowed_builtins"]
 
-_MODULES: Final = os.path.join("torch", "nn", "modules") + os.sep
+# Code of torch's that is traced into.
+_TRACED: Final = tuple(
+    os.path.join(os.path.dirname(torch.__file__), *path)
+    for path in (("nn", "modules", ""), ("nn", "functional.py"), ("functional.py",), ("_tensor.py",))
+)
 _plain_isinstance = builtins.isinstance
 
 
 def _asked_by_user() -> bool:
     """Whether it is the user's code that asks, or a module's or a question of torch's on its behalf."""
     code = sys._getframe(2).f_code
-    return not is_library(code.co_filename) or _MODULES in code.co_filename or code.co_name == "is_tensor"
+    return not is_library(code.co_filename) or code.co_filename.startswith(_TRACED) or code.co_name == "is_tensor"
 
 
 def _isinstance(value: Any, kinds: Any) -> bool:

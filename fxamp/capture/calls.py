@@ -6,19 +6,22 @@ Each is a small value that pickles and that torch.fx can print by name.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx, nn
 
 __all__ = [
     "CALL_HOOKS",
+    "RANDOM_CALLS",
     "AutogradFunctionCall",
     "assign",
     "enter_inference_mode",
     "exit_inference_mode",
+    "forked_states",
     "has_hooks",
     "leave_inference_modes",
+    "restore_states",
 ]
 
 
@@ -48,6 +51,31 @@ class AutogradFunctionCall:
 def assign(module: nn.Module, name: str, value: Any) -> None:
     """Sets an attribute of a module, as the user's forward did while it was traced."""
     setattr(module, name, value)
+
+
+def forked_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The states of torch's random numbers, on the CPU and on every GPU, for ``torch.random.fork_rng``."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+@fx.node.has_side_effect
+def restore_states(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    """Goes back to the states that ``forked_states`` gave."""
+    torch.set_rng_state(states[0])
+    if states[1]:
+        torch.cuda.set_rng_state_all(states[1])
+
+
+RANDOM_CALLS: Final = frozenset(
+    {
+        forked_states,
+        restore_states,
+        torch.get_rng_state,
+        fx.node.has_side_effect(torch.manual_seed),
+        fx.node.has_side_effect(torch.set_rng_state),
+    }
+)
+"""Calls about the state of torch's random numbers; they are made in the order of the program."""
 
 
 _inference_modes: list[Any] = []

@@ -21,13 +21,14 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _device
 from torch.utils import _pytree as pytree
 
-from fxamp.capture.calls import AutogradFunctionCall
+from fxamp.capture.calls import AutogradFunctionCall, forked_states, restore_states
 
 __all__ = [
     "autograd_functions",
     "check_random_state",
     "modules_watched",
     "python_state",
+    "random_calls",
     "random_state",
     "refusals",
     "tensor_calls",
@@ -140,9 +141,6 @@ def refusals() -> Iterator[None]:
     """Refuses what changes torch itself for a while, which a graph would forget."""
     names = (
         (torch.nn.attention, "_sdpa_kernel", "chooses attention kernels"),
-        (torch, "manual_seed", "seeds torch's random numbers"),
-        (torch, "set_rng_state", "sets the state of torch's random numbers"),
-        (torch.random, "set_rng_state", "sets the state of torch's random numbers"),
         (torch, "set_default_dtype", "changes the default dtype"),
     )
 
@@ -155,6 +153,27 @@ def refusals() -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, what in names:
             stack.enter_context(mock.patch.object(owner, name, refusing(what)))
+        yield
+
+
+@contextmanager
+def random_calls(record: Record) -> Iterator[None]:
+    """Records what a forward does with the state of torch's random numbers."""
+
+    def recording(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: record(function, args, kwargs)
+
+    @contextmanager
+    def fork(devices: Any = None, enabled: bool = True, **kwargs: Any) -> Iterator[None]:
+        states = record(forked_states, (), {}) if enabled else None
+        try:
+            yield
+        finally:
+            if enabled:
+                record(restore_states, (states,), {})
+
+    recorded: Any = {name: recording(getattr(torch, name)) for name in ("get_rng_state", "manual_seed", "set_rng_state")}
+    with mock.patch.multiple(torch, **recorded), mock.patch.multiple(torch.random, fork_rng=fork, **recorded):
         yield
 
 

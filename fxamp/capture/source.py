@@ -6,9 +6,11 @@ import os
 from types import FrameType
 
 import torch
+from torch import fx
 
-__all__ = ["is_library", "user_frame", "user_line"]
+__all__ = ["calling_frame", "is_library", "user_frame", "user_line"]
 
+_TRACING = (os.path.dirname(fx.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
 _LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
 
 
@@ -20,6 +22,13 @@ def is_library(filename: str) -> bool:
 def user_frame(frame: FrameType | None) -> FrameType | None:
     """The nearest frame that belongs to neither torch nor fxamp."""
     while frame is not None and is_library(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def calling_frame(frame: FrameType | None) -> FrameType | None:
+    """The nearest frame that does something with a traced value, the user's or torch's."""
+    while frame is not None and frame.f_code.co_filename.startswith(_TRACING):
         frame = frame.f_back
     return frame
 

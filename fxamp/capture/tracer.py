@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
+from fxamp.capture.bodies import body_of
 from fxamp.capture.builtins import shadowed_builtins
 from fxamp.capture.calls import assign, has_hooks
 from fxamp.capture.guards import guard_at
@@ -26,13 +27,15 @@ from fxamp.capture.patches import (
     autograd_functions,
     check_random_state,
     modules_watched,
+    random_calls,
     random_state,
     refusals,
     tensor_calls,
 )
 from fxamp.capture.proxy import AmpParameterProxy, AmpProxy
 from fxamp.capture.regions import RegionRecorder
-from fxamp.capture.source import user_frame, user_line
+from fxamp.capture.source import calling_frame, user_line
+from fxamp.policy.spellings import aten_name
 
 __all__ = ["THIS", "WHOLE", "AmpTracer"]
 
@@ -115,6 +118,7 @@ class AmpTracer(fx.Tracer):
                 stack.enter_context(self._regions.recording())
                 stack.enter_context(modules_watched(self._modules, self._read_training, self._set_attribute))
                 stack.enter_context(autograd_functions(self._record))
+                stack.enter_context(random_calls(self._record))
                 stack.enter_context(refusals())
                 stack.enter_context(tensor_calls(self._record, self._record_method))
                 stack.enter_context(shadowed_builtins(numbers=numbers))
@@ -139,6 +143,17 @@ class AmpTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> AmpProxy:
         return AmpProxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        body = body_of(kind, target)
+        if body is None or aten_name(kind, target, *_nodes_of((args, kwargs))) is not None:
+            return super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        mark = self._mark()
+        try:
+            return body(*args, **kwargs)
+        except Exception:
+            self._go_back(mark)  # it depends on what is not known: it stays one call
+            return super().create_proxy(kind, target, args, kwargs, *rest, **more)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -210,7 +225,7 @@ class AmpTracer(fx.Tracer):
         return super().create_arg(a)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        frame = user_frame(sys._getframe(1))
+        frame = calling_frame(sys._getframe(1))
         guard = guard_at(frame) if frame is not None else None
         if guard is None:
             raise self._refusal("branches on a tensor value")
@@ -298,6 +313,10 @@ class AmpTracer(fx.Tracer):
             raise TraceError(f"sets self.{name}, which a graph cannot carry to the next call")
         self._written.append((module, name, existed, before))
         module.__dict__[name] = value
+
+
+def _nodes_of(arguments: Any) -> Any:
+    return fx.node.map_aggregate(arguments, lambda value: value.node if isinstance(value, fx.Proxy) else value)
 
 
 def _reason(error: BaseException) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import _get_qualified_name
 
-from fxamp.capture.calls import assign, enter_inference_mode, exit_inference_mode, has_hooks
+from fxamp.capture.calls import RANDOM_CALLS, assign, enter_inference_mode, exit_inference_mode, has_hooks
 from fxamp.policy.spellings import aten_name
 
 __all__ = ["MODE_CALLS", "Call", "argument_nodes", "nodes_in", "read_call"]
@@ -39,6 +39,7 @@ MODE_CALLS: Final = frozenset(
         torch._C._set_grad_enabled,
         enter_inference_mode,
         exit_inference_mode,
+        *RANDOM_CALLS,
     }
 )
 _STEERING: Final = MODE_CALLS | frozenset(

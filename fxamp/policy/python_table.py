@@ -19,8 +19,11 @@ FUNCTIONS: Final = """
 F.adaptive_avg_pool2d               adaptive_avg_pool2d
 F.adaptive_avg_pool3d               adaptive_avg_pool3d
 F.adaptive_max_pool1d               adaptive_max_pool1d     return_indices
+F.adaptive_max_pool1d_with_indices  adaptive_max_pool1d
 F.adaptive_max_pool2d               adaptive_max_pool2d     return_indices
+F.adaptive_max_pool2d_with_indices  adaptive_max_pool2d
 F.adaptive_max_pool3d               adaptive_max_pool3d     return_indices
+F.adaptive_max_pool3d_with_indices  adaptive_max_pool3d
 F.affine_grid                       affine_grid_generator
 F.alpha_dropout                     alpha_dropout
 F.batch_norm                        batch_norm

@@ -137,8 +137,8 @@ def _row_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> st
 def _pad_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     given = dict(zip(("input", "pad", "mode"), args, strict=False)) | dict(kwargs)
     mode, sizes = given.get("mode", "constant"), given.get("pad")
-    if mode == "constant":
-        return "constant_pad_nd"
+    if mode in ("constant", "circular"):
+        return {"constant": "constant_pad_nd", "circular": "_pad_circular"}[mode]
     prefix = {"reflect": "reflection", "replicate": "replication"}.get(mode)
     return f"{prefix}_pad{len(sizes) // 2}d" if prefix and isinstance(sizes, Sequence) else "pad"
 
@@ -162,7 +162,7 @@ def _interpolate_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | N
 
 def _norm_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     p = dict(zip(("input", "p"), args, strict=False)).get("p", kwargs.get("p", "fro"))
-    return "linalg_vector_norm" if p == "fro" or not isinstance(p, str) else None
+    return "linalg_matrix_norm" if p == "nuc" else "linalg_vector_norm" if p == "fro" or not isinstance(p, str) else None
 
 
 def _given(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
