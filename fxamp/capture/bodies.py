@@ -42,7 +42,7 @@ def body_of(kind: str, target: Any) -> Callable[..., Any] | None:
     return functools.partial(_dispatch, branches, chosen)
 
 
-def _dispatch(branches: dict[str, Any], chosen: dict[bool, Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
+def _dispatch(branches: dict[str, Any], chosen: dict[bool, Any], *args: Any, **kwargs: Any) -> Any:
     """One of two functions by an argument of theirs, as ``torch.lu`` and the pools with indices are made."""
     index, name = branches["index"], branches["arg_name"]
     flag = args[index] if index < len(args) else kwargs.get(name, branches["default"])

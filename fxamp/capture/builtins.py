@@ -13,7 +13,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Final
 from unittest import mock
 
@@ -23,12 +23,20 @@ from torch.fx.proxy import TraceError
 
 from fxamp.capture.source import is_library
 
-__all__ = ["shadowed_builtins"]
+__all__ = ["known_kind", "shadowed_builtins", "shadowed_numbers"]
 
 # Code of torch's that is traced into.
 _TRACED: Final = tuple(
     os.path.join(os.path.dirname(torch.__file__), *path)
-    for path in (("nn", "modules", ""), ("nn", "functional.py"), ("functional.py",), ("_tensor.py",))
+    for path in (
+        ("nn", "modules", ""),
+        ("nn", "functional.py"),
+        ("functional.py",),
+        ("_tensor.py",),
+        ("_linalg_utils.py",),
+        ("_lowrank.py",),
+        ("masked", ""),
+    )
 )
 _plain_isinstance = builtins.isinstance
 
@@ -57,7 +65,8 @@ _plain_hasattr = builtins.hasattr
 
 
 def _known_kind(value: fx.Proxy) -> type:
-    known = _kind(value.node)
+    facts = getattr(value.tracer, "facts", None)
+    known = (facts.kind(value.node) if facts is not None else None) or known_kind(value.node)
     if known is None:
         raise TraceError("asks for the type of a value that is not known while tracing")
     if value.node.op == "placeholder":
@@ -65,7 +74,7 @@ def _known_kind(value: fx.Proxy) -> type:
     return known
 
 
-def _kind(value: Any) -> type | None:
+def known_kind(value: Any) -> type | None:
     """What a traced value will be: a tensor, a size, an int; None when it cannot be told."""
     if not _plain_isinstance(value, fx.Node):
         return type(value)
@@ -76,9 +85,9 @@ def _kind(value: Any) -> type | None:
     if value.op == "call_method" and value.target in _QUERIES:
         return torch.Size if value.target == "size" and len(value.args) == 1 and not value.kwargs else int
     if value.target is operator.getitem:
-        return {torch.Size: int, torch.Tensor: torch.Tensor}.get(_kind(value.args[0]) or object)
+        return {torch.Size: int, torch.Tensor: torch.Tensor}.get(known_kind(value.args[0]) or object)
     if getattr(value.target, "__module__", None) == "_operator":
-        kinds = {_kind(argument) for argument in value.args}
+        kinds = {known_kind(argument) for argument in value.args}
         return torch.Tensor if torch.Tensor in kinds else int if kinds == {int} else None
     return torch.Tensor if value.op != "call_module" and _gives_one_tensor(value.target) else None
 
@@ -88,6 +97,7 @@ _ATTRIBUTES: Final[dict[str, type]] = {
     "ndim": int,
     "dtype": torch.dtype,
     "device": torch.device,
+    "layout": torch.layout,
     "T": torch.Tensor,
     "mT": torch.Tensor,
     "data": torch.Tensor,
@@ -120,7 +130,7 @@ def _shadow_len() -> Callable[..., Any]:
     length = builtins.len
 
     def call(value: Any) -> Any:
-        if _plain_isinstance(value, fx.Proxy) and type(value).__len__ is fx.Proxy.__len__:
+        if _plain_isinstance(value, fx.Proxy) and not _plain_hasattr(type(value), "shape"):
             return value.tracer.create_proxy("call_function", length, (value,), {})
         return length(value)
 
@@ -165,8 +175,15 @@ def shadowed_builtins(*, numbers: bool) -> Iterator[None]:
     """
     recorded = {name: _recorded(getattr(builtins, name)) for name in ("max", "min", "round")}
     shadows: Any = {"isinstance": _isinstance, "hasattr": _hasattr, "len": _shadow_len(), **recorded}
-    if numbers:
-        shadows |= {"int": _Int, "float": _Float}
     finfo = _recorded(torch.finfo)
-    with mock.patch.multiple(builtins, **shadows), mock.patch.object(torch, "finfo", finfo):
+    both = shadowed_numbers() if numbers else nullcontext()
+    with mock.patch.multiple(builtins, **shadows), mock.patch.object(torch, "finfo", finfo), both:
+        yield
+
+
+@contextmanager
+def shadowed_numbers() -> Iterator[None]:
+    """Records ``int`` and ``float`` of traced values until the block ends."""
+    shadows: Any = {"int": _Int, "float": _Float}
+    with mock.patch.multiple(builtins, **shadows):
         yield

@@ -11,13 +11,16 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 
+from fxamp.errors import CaptureError
+
 __all__ = [
     "CALL_HOOKS",
-    "RANDOM_CALLS",
+    "MODE_CALLS",
     "AutogradFunctionCall",
     "assign",
     "enter_inference_mode",
     "exit_inference_mode",
+    "expect",
     "forked_states",
     "has_hooks",
     "leave_inference_modes",
@@ -55,7 +58,8 @@ def assign(module: nn.Module, name: str, value: Any) -> None:
 
 def forked_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The states of torch's random numbers, on the CPU and on every GPU, for ``torch.random.fork_rng``."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return torch.get_rng_state(), gpus
 
 
 @fx.node.has_side_effect
@@ -64,18 +68,6 @@ def restore_states(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
     torch.set_rng_state(states[0])
     if states[1]:
         torch.cuda.set_rng_state_all(states[1])
-
-
-RANDOM_CALLS: Final = frozenset(
-    {
-        forked_states,
-        restore_states,
-        torch.get_rng_state,
-        fx.node.has_side_effect(torch.manual_seed),
-        fx.node.has_side_effect(torch.set_rng_state),
-    }
-)
-"""Calls about the state of torch's random numbers; they are made in the order of the program."""
 
 
 _inference_modes: list[Any] = []
@@ -100,3 +92,37 @@ def leave_inference_modes(depth: int | None = None) -> int:
     while depth is not None and len(_inference_modes) > depth:
         exit_inference_mode()
     return len(_inference_modes)
+
+
+@fx.node.has_side_effect
+def expect(value: Any, expected: Any, where: str) -> None:
+    """Checks what the graph was traced for: the value itself, or whether it is true when a bool is expected.
+
+    Raises:
+        CaptureError: when the value is another one, so that this call would have gone another way.
+    """
+    if (bool(value) if isinstance(expected, bool) else value) != expected:
+        raise CaptureError(
+            f"this call goes another way through the model: at {where} the graph was made for {expected}, "
+            f"found {value}",
+            hint="convert with example_inputs of this kind",
+        )
+
+
+MODE_CALLS: Final = frozenset(
+    {
+        assign,
+        enter_inference_mode,
+        exit_inference_mode,
+        expect,
+        forked_states,
+        restore_states,
+        torch._assert,
+        torch._C._set_grad_enabled,
+        torch.get_rng_state,
+        torch.is_grad_enabled,
+        fx.node.has_side_effect(torch.manual_seed),
+        fx.node.has_side_effect(torch.set_rng_state),
+    }
+)
+"""Calls that only steer what runs. They are made in the order of the program."""

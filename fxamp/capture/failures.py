@@ -5,13 +5,14 @@ from __future__ import annotations
 import linecache
 import os
 import traceback
+from typing import Any
 
 from torch.fx.proxy import TraceError
 
 from fxamp.capture.source import is_library
 from fxamp.errors import CaptureError
 
-__all__ = ["capture_error"]
+__all__ = ["capture_error", "name_of"]
 
 
 def capture_error(model: str, error: Exception) -> CaptureError:
@@ -42,3 +43,8 @@ def _qualified(error: Exception, model: str) -> str:
             found = f"{type(owner).__name__}.{code.co_name}" if owner is not None else code.co_qualname
         trace = trace.tb_next
     return found
+
+
+def name_of(function: Any) -> str:
+    """What a user calls a function or a module."""
+    return getattr(function, "__qualname__", None) or type(function).__qualname__

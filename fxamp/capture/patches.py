@@ -172,7 +172,8 @@ def random_calls(record: Record) -> Iterator[None]:
             if enabled:
                 record(restore_states, (states,), {})
 
-    recorded: Any = {name: recording(getattr(torch, name)) for name in ("get_rng_state", "manual_seed", "set_rng_state")}
+    names = ("get_rng_state", "manual_seed", "set_rng_state")
+    recorded: Any = {name: recording(getattr(torch, name)) for name in names}
     with mock.patch.multiple(torch, **recorded), mock.patch.multiple(torch.random, fork_rng=fork, **recorded):
         yield
 

@@ -10,19 +10,22 @@ import copy
 import inspect
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
-from torch.utils import _pytree as pytree
 
 from fxamp.capture.calls import has_hooks
 from fxamp.capture.clone import clone_trees
-from fxamp.capture.failures import capture_error
+from fxamp.capture.entry import Entry
+from fxamp.capture.facts import Facts
+from fxamp.capture.failures import capture_error, name_of
 from fxamp.capture.patches import python_state
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.capture.surroundings import (
@@ -38,7 +41,7 @@ from fxamp.errors import CaptureError
 
 __all__ = ["Program", "Traced"]
 
-_NUMBER = re.compile(r"(int|float)\(\) argument must be")
+_NUMBER = re.compile(r"(int|float)\(\) argument must be|a traced value cannot be")
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,20 @@ class Traced:
         layout: which arguments its placeholders stand for.
         untraceable: module path to why it stayed a call.
         modes: path and ``training`` flag of every module whose flag was read.
+        device_type: whose rules it was traced for, when that made a difference; else "".
     """
 
     graph: fx.Graph
     layout: Layout
     untraceable: Mapping[str, str] = field(default_factory=dict)
     modes: Mapping[str, bool] = field(default_factory=dict)
+    device_type: str = ""
+
+    def serves(self, flags: Mapping[str, bool], device_type: str | None) -> bool:
+        """Whether it is also the graph for modules in these modes, under the rules of this device."""
+        return self.device_type in ("", device_type) and all(
+            flags.get(path) == flag for path, flag in self.modes.items()
+        )
 
 
 class Program:
@@ -76,7 +87,7 @@ class Program:
 
     def __init__(self, model: Callable[..., Any], loss: Callable[..., Any] | None = None) -> None:
         self.signature = CallSignature.of(model, loss)
-        self.name = _name(model)
+        self.name = name_of(model)
         owner = _owning_module(model)
         self._method = model.__name__ if isinstance(model, MethodType) else "forward"
         self._function = None if owner is not None else model
@@ -141,7 +152,11 @@ class Program:
         return new
 
     def trace(
-        self, layout: Layout, training: Mapping[str, bool], ambient: tuple[str, torch.dtype] | None = None
+        self,
+        layout: Layout,
+        training: Mapping[str, bool],
+        ambient: tuple[str, torch.dtype] | None = None,
+        examples: list[Any] | None = None,
     ) -> Traced:
         """The graph of one call.
 
@@ -149,15 +164,30 @@ class Program:
             layout: which arguments are placeholders.
             training: module path to the ``training`` flag it is traced with.
             ambient: the device type and dtype that ``torch.is_autocast_enabled`` and the like shall answer with.
+            examples: the values of the placeholders. They decide branches on the number of dimensions, and on sizes
+                too when the model cannot be traced without.
 
         Raises:
             CaptureError: when the model's or the loss's own code cannot be traced, with the user's line.
         """
+        if examples is not None:
+            with suppress(CaptureError):
+                return self._trace(layout, training, ambient, partial(Facts, examples, self.attribute, sizes=False))
+            return self._trace(layout, training, ambient, partial(Facts, examples, self.attribute, sizes=True))
+        return self._trace(layout, training, ambient, lambda: None)
+
+    def _trace(
+        self,
+        layout: Layout,
+        training: Mapping[str, bool],
+        ambient: tuple[str, torch.dtype] | None,
+        facts: Callable[[], Facts | None],
+    ) -> Traced:
         untraceable: dict[str, str] = {}
         numbers = False
         while True:
             try:
-                traced, changed = self._trace_once(layout, training, ambient, untraceable, numbers)
+                traced, changed = self._trace_once(layout, training, ambient, facts(), untraceable, numbers)
             except CaptureError as error:
                 if numbers or not _NUMBER.match(str(error.__cause__)):
                     raise
@@ -177,6 +207,7 @@ class Program:
         layout: Layout,
         training: Mapping[str, bool],
         ambient: tuple[str, torch.dtype] | None,
+        facts: Facts | None,
         untraceable: Mapping[str, str],
         numbers: bool,
     ) -> tuple[Traced, dict[str, str]]:
@@ -185,9 +216,10 @@ class Program:
         if self._function is not None:
             root = self._holder  # a function calls the modules it closes over, so these cannot be clones
         model = self._function or getattr(root, self._method)
-        entry = _Entry(self.signature, layout, model, loss_tree or self._loss)
+        entry = Entry(self.signature, layout, model, loss_tree or self._loss)
         modules = _paths(root, loss_tree, self.loss_path)
-        tracer = AmpTracer(root, modules, entry, self.extras, untraceable)
+        device_type = None if ambient is None else ambient[0]
+        tracer = AmpTracer(root, modules, entry, self.extras, untraceable, facts, device_type)
         if _is_library(root) and self._method == "forward":
             entry.model = tracer.call_whole
         state = {path: python_state(module) for path, module in modules.items()}
@@ -203,46 +235,8 @@ class Program:
                 raise capture_error(self.name, error) from error
             finally:
                 torch.set_rng_state(drawn)
-        return Traced(graph, layout, tracer.untraceable, tracer.mode_readers), changed
-
-
-class _Entry:
-    """Calls the model, then the loss, with proxies laid out as a layout says."""
-
-    def __init__(self, signature: CallSignature, layout: Layout, model: Any, loss: Any) -> None:
-        self._signature, self._layout, self.model, self._loss = signature, layout, model, loss
-
-    def names(self) -> list[str]:
-        names: list[str] = []
-        for slot in self._layout:
-            if slot.kind == "value":
-                names.append(slot.name)
-            elif slot.kind == "tree":
-                names.extend(f"{slot.name}_{i}" for i in range(slot.detail.num_leaves))
-        return names
-
-    def __call__(self, *proxies: Any) -> Any:
-        rest: Iterator[Any] = iter(proxies)
-        values: dict[str, Any] = {}
-        for slot in self._layout:
-            if slot.kind == "constant":
-                values[slot.name] = slot.detail
-            elif slot.kind == "tree":
-                leaves = [next(rest) for _ in range(slot.detail.num_leaves)]
-                values[slot.name] = pytree.tree_unflatten(leaves, slot.detail)
-            else:
-                values[slot.name] = next(rest)
-        args, kwargs, loss_kwargs = self._signature.split(values)
-        output = self.model(*args, **kwargs)
-        if self._loss is None:
-            return output
-        loss = self._loss(output, **loss_kwargs)
-        if not isinstance(loss, fx.Proxy):
-            raise CaptureError(
-                f"the loss {_name(self._loss)} returns a {type(loss).__name__}: expected one tensor",
-                hint="return the sum of its parts; the model's output may carry the rest",
-            )
-        return loss, output
+        composed = device_type if device_type is not None and tracer.composed else ""
+        return Traced(graph, layout, tracer.untraceable, tracer.mode_readers, composed), changed
 
 
 def _paths(root: nn.Module, loss: nn.Module | None, loss_path: str) -> dict[str, nn.Module]:
@@ -292,7 +286,3 @@ def _picklable(function: Any) -> Any:
     except Exception:
         return None
     return function
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__qualname__", None) or type(function).__qualname__

@@ -14,7 +14,9 @@ import torch
 from torch import fx
 from torch.fx.proxy import Attribute, TraceError
 
-__all__ = ["AmpAttribute", "AmpParameterProxy", "AmpProxy"]
+from fxamp.capture.builtins import known_kind
+
+__all__ = ["AmpAttribute", "AmpParameterProxy", "AmpProxy", "SettlingProxy"]
 
 _OWN = frozenset({"tracer", "node", "root", "attr", "_node", "_tensor"})
 _INPLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
@@ -24,7 +26,10 @@ class _Recorded(fx.Proxy):
     """What our proxies add to torch.fx's."""
 
     def __getattr__(self, name: str) -> Any:
-        attribute = AmpAttribute(self, name)
+        kind = self._kind()
+        if name.startswith("__array") or (kind is not None and not hasattr(kind, name)):
+            raise AttributeError(name)  # numpy asks; it would take a traced value for an array
+        attribute = (AmpAttribute if self.tracer.facts is None else SettlingAttribute)(self, name)  # type: ignore[attr-defined]
         if not callable(getattr(torch.Tensor, name, None)):
             _ = attribute.node  # data, not a method: its value is taken here, not at the first use
         return attribute
@@ -33,6 +38,16 @@ class _Recorded(fx.Proxy):
         if name not in _OWN:
             raise TraceError(f"sets the attribute '{name}' of a tensor")
         object.__setattr__(self, name, value)
+
+    def __hash__(self) -> int:
+        # A tensor is found by identity; of a size or a dtype, a set or a dict wants the value.
+        return object.__hash__(self) if self._kind() is None else hash(self.tracer.settled(self))  # type: ignore[attr-defined]
+
+    def _kind(self) -> type | None:
+        """What this will be, when that is known and no tensor."""
+        method = isinstance(self, AmpAttribute) and self._node is None
+        kind = None if method else known_kind(self.node)
+        return None if kind is torch.Tensor else kind
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -57,6 +72,27 @@ class AmpProxy(_Recorded):
 
 class AmpAttribute(_Recorded, Attribute):
     """An attribute of a traced value, or a method of it that is about to be called."""
+
+
+class _Settling(_Recorded):
+    """A value that example inputs tell about: where Python needs a number, it gets that one."""
+
+    def __index__(self) -> int:
+        value = self.tracer.settled(self)  # type: ignore[attr-defined]
+        if not isinstance(value, int):
+            raise TypeError("a traced value cannot be interpreted as an integer")
+        return value
+
+    def __len__(self) -> int:
+        return self.tracer.settled_length(self)  # type: ignore[attr-defined, no-any-return]
+
+
+class SettlingProxy(_Settling, AmpProxy):
+    """A traced value, when example inputs are given."""
+
+
+class SettlingAttribute(_Settling, AmpAttribute):
+    """An attribute of a traced value, when example inputs are given."""
 
 
 class AmpParameterProxy(_Recorded):

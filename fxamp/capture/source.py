@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 from types import FrameType
 
 import torch
 from torch import fx
 
-__all__ = ["calling_frame", "is_library", "user_frame", "user_line"]
+__all__ = ["calling_frame", "is_library", "spelled_line", "user_frame", "user_line"]
 
 _TRACING = (os.path.dirname(fx.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
 _LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
@@ -37,3 +38,11 @@ def user_line(frame: FrameType | None) -> str:
     """The user's file and line, as ``model.py:14``; "" when there is none."""
     found = user_frame(frame)
     return f"{found.f_code.co_filename}:{found.f_lineno}" if found is not None else ""
+
+
+def spelled_line(frame: FrameType | None) -> str:
+    """The line that runs in a frame, as `` `if x.dim() == 3:` (model.py:14)``."""
+    if frame is None:
+        return "?"
+    file, number = frame.f_code.co_filename, frame.f_lineno
+    return f"`{linecache.getline(file, number, frame.f_globals).strip()}` ({os.path.basename(file)}:{number})"

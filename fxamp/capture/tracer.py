@@ -8,8 +8,6 @@ source line and the autocast regions that were open.
 
 from __future__ import annotations
 
-import math
-import operator
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -20,9 +18,11 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from fxamp.capture.bodies import body_of
-from fxamp.capture.builtins import shadowed_builtins
+from fxamp.capture.builtins import shadowed_builtins, shadowed_numbers
 from fxamp.capture.calls import assign, has_hooks
-from fxamp.capture.guards import guard_at
+from fxamp.capture.composed import COMPOSED
+from fxamp.capture.deciding import DecidingTracer
+from fxamp.capture.facts import Facts
 from fxamp.capture.patches import (
     autograd_functions,
     check_random_state,
@@ -32,9 +32,10 @@ from fxamp.capture.patches import (
     refusals,
     tensor_calls,
 )
-from fxamp.capture.proxy import AmpParameterProxy, AmpProxy
+from fxamp.capture.proxy import AmpParameterProxy, AmpProxy, SettlingProxy
 from fxamp.capture.regions import RegionRecorder
-from fxamp.capture.source import calling_frame, user_line
+from fxamp.capture.source import user_line
+from fxamp.policy.operators import explicit
 from fxamp.policy.spellings import aten_name
 
 __all__ = ["THIS", "WHOLE", "AmpTracer"]
@@ -64,11 +65,12 @@ class _Mark(NamedTuple):
     refused: int
 
 
-class AmpTracer(fx.Tracer):
+class AmpTracer(DecidingTracer):
     """Traces one entry point of one module tree, once.
 
     After ``run``: ``untraceable`` has the reason for each module that stayed a call because it had to,
-    ``mode_readers`` the modules whose ``training`` flag was read, with its value.
+    ``mode_readers`` the modules whose ``training`` flag was read, with its value, and ``composed`` says whether an
+    operator was taken apart for the device type.
 
     Args:
         root: the model, or what holds the modules of a function; its own state may be changed.
@@ -76,6 +78,8 @@ class AmpTracer(fx.Tracer):
         entry: called with the proxies of the placeholders; what it returns is the graph's output.
         extras: tensors that no module owns, by the name they are read under; new ones are added.
         untraceable: modules known to have to stay calls, with the reason.
+        facts: what example inputs tell.
+        device_type: whose rules the graph is for.
     """
 
     def __init__(
@@ -85,16 +89,19 @@ class AmpTracer(fx.Tracer):
         entry: Callable[..., Any],
         extras: dict[str, torch.Tensor],
         untraceable: Mapping[str, str] | None = None,
+        facts: Facts | None = None,
+        device_type: str | None = None,
     ) -> None:
-        super().__init__(autowrap_modules=(math,))
+        super().__init__(facts)
         self.untraceable: dict[str, str] = dict(untraceable or {})
         self.extras = extras
         self.mode_readers: dict[str, bool] = {}
+        self.composed = False
+        self._device_type = device_type
         self._entry = entry
         self._regions = RegionRecorder(self._emit)
         self._names: list[str] = []
         self._proxies: dict[str, fx.Proxy] = {}
-        self._refused: list[str] = []
         self._written: list[tuple[nn.Module, str, bool, Any]] = []
         self._modules = {id(module): path for path, module in modules.items()}
         self._tensors: dict[int, str] = {}
@@ -142,18 +149,36 @@ class AmpTracer(fx.Tracer):
         return result
 
     def proxy(self, node: fx.Node) -> AmpProxy:
-        return AmpProxy(node, self)
+        return AmpProxy(node, self) if self.facts is None else SettlingProxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
-        body = body_of(kind, target)
-        if body is None or aten_name(kind, target, *_nodes_of((args, kwargs))) is not None:
+        if self.facts is not None and self.facts.running:
+            return None
+        body = self._body(kind, target, args, kwargs)
+        if body is None:
             return super().create_proxy(kind, target, args, kwargs, *rest, **more)
         mark = self._mark()
+        self._bodies += 1
         try:
-            return body(*args, **kwargs)
+            with shadowed_numbers():
+                return body(*args, **kwargs)
         except Exception:
             self._go_back(mark)  # it depends on what is not known: it stays one call
             return super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        finally:
+            self._bodies -= 1
+
+    def _body(self, kind: str, target: Any, args: Any, kwargs: Any) -> Callable[..., Any] | None:
+        """What to trace in place of a call that autocast decides inside."""
+        if kind not in ("call_function", "call_method"):
+            return None
+        found = aten_name(kind, target, *_nodes_of((args, kwargs)))
+        if found is None:
+            return body_of(kind, target)
+        if found not in COMPOSED or self._device_type is None or explicit(found, self._device_type):
+            return None
+        self.composed = True
+        return COMPOSED[found]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -213,7 +238,8 @@ class AmpTracer(fx.Tracer):
             self.scope.module_path, self.scope.module_type = outer
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
-        if isinstance(attr_val, torch.Tensor) and id(attr_val) in self._tensors:
+        asked_for_facts = self.facts is not None and self.facts.running
+        if isinstance(attr_val, torch.Tensor) and id(attr_val) in self._tensors and not asked_for_facts:
             return self._tensor_proxy(attr_val)
         return attr_val
 
@@ -224,35 +250,7 @@ class AmpTracer(fx.Tracer):
             return self.create_node("get_attr", self.path_of_module(a), (), {})
         return super().create_arg(a)
 
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        frame = calling_frame(sys._getframe(1))
-        guard = guard_at(frame) if frame is not None else None
-        if guard is None:
-            raise self._refusal("branches on a tensor value")
-        if guard.whole:
-            condition = obj if guard.value else self._emit(operator.not_, obj)
-            self._emit(torch._assert, condition, f"the model requires: {guard.text} is {guard.value}")
-        return guard.value
-
-    def iter(self, obj: fx.Proxy) -> Any:
-        if obj.node.target in ("chunk", torch.chunk) and isinstance(obj.node.args[1], int):
-            return (obj[i] for i in range(obj.node.args[1]))  # type: ignore[index]
-        raise self._refusal("iterates over a tensor, or over a tuple whose length is not known")
-
-    def _refusal(self, what: str) -> TraceError:
-        self._refused.append(what)
-        return TraceError(what)
-
     # -- our own -----------------------------------------------------------------------------------
-
-    def _emit(self, function: Callable[..., Any], *args: Any) -> fx.Proxy:
-        return self._record(function, args, {})
-
-    def _record_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
-        return self.create_proxy("call_method", name, args, kwargs)
-
-    def _record(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
-        return self.create_proxy("call_function", function, args, kwargs)
 
     def _tensor_proxy(self, tensor: torch.Tensor) -> fx.Proxy:
         name = self._tensors.get(id(tensor)) or self._plain_attribute(tensor)

@@ -17,10 +17,10 @@ import torch
 from torch import fx, nn
 from torch.fx.node import _get_qualified_name
 
-from fxamp.capture.calls import RANDOM_CALLS, assign, enter_inference_mode, exit_inference_mode, has_hooks
+from fxamp.capture.calls import MODE_CALLS, has_hooks
 from fxamp.policy.spellings import aten_name
 
-__all__ = ["MODE_CALLS", "Call", "argument_nodes", "nodes_in", "read_call"]
+__all__ = ["Call", "argument_nodes", "nodes_in", "read_call"]
 
 # Leaf modules that run one operator, which autocast leaves alone.
 _LEAF_OPERATORS: Final = (
@@ -31,23 +31,18 @@ _LEAF_OPERATORS: Final = (
 )
 
 # Calls that only steer what runs, and calls that tell something of a tensor.
-MODE_CALLS: Final = frozenset(
-    {
-        assign,
-        torch._assert,
-        torch.is_grad_enabled,
-        torch._C._set_grad_enabled,
-        enter_inference_mode,
-        exit_inference_mode,
-        *RANDOM_CALLS,
-    }
-)
 _STEERING: Final = MODE_CALLS | frozenset(
     {
+        operator.not_,
         torch.is_floating_point,
         torch.is_complex,
         torch.numel,
         torch.is_same_size,
+        torch.sym_float,
+        torch.sym_int,
+        torch.sym_max,
+        torch.sym_min,
+        torch.sym_not,
     }
 )
 # Methods of a tensor that tell something of it and compute nothing.

@@ -5,7 +5,6 @@ Runs each planned call on fake tensors: shapes and dtypes are those of a real ru
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,11 +15,10 @@ from torch._subclasses import FakeTensorMode, fake_tensor
 from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
-from fxamp.capture.calls import has_hooks
-from fxamp.capture.clone import clone_tree
+from fxamp.capture.calls import MODE_CALLS
+from fxamp.capture.facts import run_on_fakes, without_log
 from fxamp.dtypes import is_castable
 from fxamp.errors import CaptureError
-from fxamp.plan.calls import MODE_CALLS
 from fxamp.plan.decision import Decision
 from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, Value, of_object
 
@@ -84,15 +82,6 @@ class FakeObserver:
         known = isinstance(decision.output, Value) and decision.output.dtype is not None
         return known or self._device_type == "cpu" or torch.cuda.is_available()
 
-    def _call_module(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        # A clone over fake tensors: what the module writes, to itself or to its buffers, is not the user's.
-        if any(map(has_hooks, module.modules())):
-            raise NotImplementedError("hooks are the user's, and not run here")
-        module = clone_tree(module)
-        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        fakes: dict[str, torch.Tensor] = {name: self._fake(tensor) for name, tensor in state.items()}
-        return torch.func.functional_call(module, fakes, args, kwargs)
-
     def _run(self, node: fx.Node, decision: Decision) -> Any:
         if node.target in MODE_CALLS:
             return None
@@ -111,14 +100,14 @@ class FakeObserver:
 
         try:
             args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, argument)
-            with self._mode, torch.no_grad(), _autocast(decision, self._device_type), _without_log():
+            with self._mode, torch.no_grad(), _autocast(decision, self._device_type), without_log():
                 if node.op == "call_module":
-                    return self._call_module(self._attribute(str(node.target)), args, kwargs)
+                    return run_on_fakes(self._attribute(str(node.target)), args, kwargs, self._fake)
                 return _call(node, decision, args, kwargs)
         except _NOT_FAKEABLE:
             return _MISSING  # the rules tell what they can
         except Exception as error:
-            if decision.how == "ambient" or not decision.aten:
+            if decision.how == "ambient" or not decision.aten or "data is not allocated" in str(error):
                 return _MISSING
             raise _does_not_fit(decision, error) from error
 
@@ -140,17 +129,6 @@ def _call(node: fx.Node, decision: Decision, args: Any, kwargs: Any) -> Any:
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)
     return node.target(*args, **kwargs)
-
-
-@contextmanager
-def _without_log() -> Iterator[None]:
-    """Fake tensors log a traceback of what fails; here that is an answer."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 @contextmanager

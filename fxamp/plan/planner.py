@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import BuiltinFunctionType
 from typing import Any, Final, Protocol
 
 import torch
@@ -114,13 +115,13 @@ class _Planner:
         blank = replace(blank, op=call.op, aten=call.aten, inputs=inputs)
         if call.steering:
             return blank
+        if not tensors_in(inputs) and (call.aten or isinstance(node.target, BuiltinFunctionType)):
+            return replace(blank, output=self._result(node, call, inputs, ()))  # nothing that could be cast
         state = state_of(node.meta["regions"], self._device_type, self._ambient)
         ruling = self._rules.ruling(node, call, state)
         decision = replace(blank, rule=ruling.rule, reason=ruling.reason, state=state)
         if ruling.rule == "opaque" or (not call.aten and self._rules.overridden(node) and not call.inplace):
             return self._ambient_call(node, decision)
-        if not tensors_in(inputs) and call.aten:
-            return replace(blank, output=self._result(node, call, inputs, ()))
         if ruling.rule == "banned":
             raise banned(decision)
         if ruling.rule == "fp32_dtype":
@@ -148,6 +149,8 @@ class _Planner:
                 return replace(decision, how="dtype if castable", output=UNKNOWN)
             if is_castable(dtype):
                 return replace(decision, how="dtype", runs_in=torch.float32, output=Value(torch.float32))
+        else:
+            decision = replace(decision, rule="follow", reason="its own dtype=")
         output = self._result(node, call, decision.inputs, tensors_in(decision.inputs))
         return replace(decision, runs_in=output.dtype if isinstance(output, Value) else None, output=output)
 

@@ -31,6 +31,7 @@ __or__                           same                same
 __xor__                          same                same
 _lu_with_info                    same                listed
 _pad_circular                    same                same
+_safe_softmax                    softmax             same
 _upsample_bicubic2d_aa           listed              same
 _upsample_bilinear2d_aa          listed              same
 _upsample_nearest_exact1d        listed              same
@@ -344,7 +345,6 @@ _grouped_mm                         -       -
 _linalg_det                         -       -
 _linalg_slogdet                     -       -
 _native_multi_head_attention        -       listed
-_safe_softmax                       -       same
 _scaled_grouped_mm                  -       -
 _scaled_grouped_mm_v2               -       -
 _scaled_mm                          -       -

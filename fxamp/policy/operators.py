@@ -18,7 +18,7 @@ from fxamp.errors import PolicyError, nearest
 from fxamp.policy.autocast_table import TABLE
 from fxamp.policy.composites import FORWARDS_TO, SAME, UNDER_AUTOCAST
 
-__all__ = ["FORWARDS_TO", "OPERATORS", "operator_rules", "packet_of", "transparent"]
+__all__ = ["FORWARDS_TO", "OPERATORS", "explicit", "operator_rules", "packet_of", "transparent"]
 
 _AUTOCAST_KEYS: Final = {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}
 
@@ -135,6 +135,11 @@ def transparent(aten: str, device_type: str) -> bool:
     if not overloads or overloads & registered_operators(device_type) or aten in UNDER_AUTOCAST[device_type]:
         return False
     return aten in SAME[device_type] or not any(map(_is_composite, overloads))
+
+
+def explicit(aten: str, device_type: str) -> bool:
+    """Whether what autocast does with an operator is known: by a rule of its own, or because it does nothing."""
+    return aten in operator_rules(device_type) or transparent(aten, device_type)
 
 
 def is_aten(packet: str) -> bool:

@@ -99,6 +99,8 @@ def _function_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         return _pad_name(target, args, kwargs)
     if target is F.interpolate:
         return _interpolate_name(args, kwargs)
+    if target is torch.sparse.mm and (len(args) > 2 or "reduce" in kwargs):
+        return "_sparse_mm_reduce_impl"
     if target is torch.norm:
         return _norm_name(target, args, kwargs)
     if target is operator.truediv and args and isinstance(args[0], Number):
@@ -162,7 +164,9 @@ def _interpolate_name(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | N
 
 def _norm_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     p = dict(zip(("input", "p"), args, strict=False)).get("p", kwargs.get("p", "fro"))
-    return "linalg_matrix_norm" if p == "nuc" else "linalg_vector_norm" if p == "fro" or not isinstance(p, str) else None
+    if p == "nuc":
+        return "linalg_matrix_norm"
+    return "linalg_vector_norm" if p == "fro" or not isinstance(p, str) else None
 
 
 def _given(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxamp.capture import Layout, Program, Traced
+from fxamp.capture import Layout, Program, Traced, values_of
 from fxamp.errors import CaptureError, PolicyError, nearest
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
@@ -118,6 +118,12 @@ class Conversion:
     def _finish(self) -> None:
         """Plans everything traced, and pairs the scaler."""
         self.dtypes = _dtypes(self.program.whole)
+        known, self.traced = self.traced, []
+        for mode, traced in known:
+            if traced.serves(traced.modes, self.policy.device_type):
+                self.traced.append((mode, traced))
+            else:
+                self._trace(mode, traced.layout)
         self.variants = [(mode, self._build(mode, traced)) for mode, traced in self.traced]
         self._check_op_overrides()
         device_type = self.policy.device_type or "cpu"
@@ -133,14 +139,15 @@ class Conversion:
         trees = any(slot.kind == "tree" for slot in self.layout)
         return len(values) if values == self.program.signature.required and not trees else -1
 
-    def _trace(self, mode: str, layout: Layout) -> Traced:
+    def _trace(self, mode: str, layout: Layout, examples: list[Any] | None = None) -> Traced:
         flags = self.program.flags(mode)
         for _, known in self.traced:
-            # A graph in which no mode was read serves every mode, and so does one that read the same flags.
-            if known.layout == layout and all(flags.get(path) == flag for path, flag in known.modes.items()):
+            if known.layout == layout and known.serves(flags, self.policy.device_type):
                 break
         else:
-            known = self.program.trace(layout, flags, _ambient(self.policy))
+            if layout == self.layout:
+                examples = self.examples
+            known = self.program.trace(layout, flags, _ambient(self.policy), examples)
         self.traced.append((mode, known))
         return known
 
@@ -164,16 +171,16 @@ class Conversion:
         signature = self.program.signature
         layout, baked = signature.layout(values), signature.layout(values, bake_numbers=True)
         if bake_numbers or layout in self.refused:
-            return self.variant(baked)
+            return self.variant(baked, values)
         try:
-            return self.variant(layout)
+            return self.variant(layout, values)
         except CaptureError:
             if layout == baked:
                 raise
             self.refused.append(layout)
-            return self.variant(baked)
+            return self.variant(baked, values)
 
-    def variant(self, layout: Layout) -> Variant:
+    def variant(self, layout: Layout, values: Mapping[str, Any]) -> Variant:
         """The graph for a call of this layout in the current mode; traced now when it is the first such call."""
         found = self._find(layout)
         if found is not None:
@@ -183,7 +190,7 @@ class Conversion:
                 f"{MAX_VARIANTS} kinds of calls were traced already: an optional argument changes with every call",
                 hint="pass what changes as a tensor",
             )
-        traced = self._trace(self.mode, layout)
+        traced = self._trace(self.mode, layout, values_of(layout, values))
         self.variants.append((self.mode, self._build(self.mode, traced)))
         return self.variants[-1][1]
 

@@ -1,0 +1,120 @@
+"""Which calls is an operator made of that autocast decides about inside?
+
+ATen makes some operators of others, and autocast sees the others. Where it treats these unlike the whole, the whole
+would have to run under autocast; here it is written as its calls, so that each can be decided about. Each body
+computes what ATen does, to the last bit of values and gradients (as its Linear, Distance, Integration and LossNLL
+have it). One that asks for a dimension or a size can be traced with example inputs only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch.nn import _reduction as _Reduction
+
+__all__ = ["COMPOSED"]
+
+
+def _cross_entropy(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: None = None,
+    ignore_index: int = -100,
+    reduce: None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    if size_average is not None or reduce is not None or label_smoothing or input.shape == target.shape:
+        raise NotImplementedError("another way through cross_entropy_loss")
+    logs = torch.log_softmax(input, 0 if input.dim() == 1 else 1, dtype=input.dtype)
+    how: Any = _Reduction.get_enum(reduction)
+    return torch._C._nn.nll_loss_nd(logs, target, weight, how, ignore_index)
+
+
+def _cumulative_trapezoid(y: Any, x: Any = None, *, dx: float = 1, dim: int = -1) -> Any:
+    left, right = _sides(y, dim)
+    if x is None:
+        return (dx / 2.0 * (left + right)).cumsum(dim)
+    return ((left + right) * _steps(x, y, dim)).cumsum(dim) / 2.0
+
+
+def _inner(input: Any, other: Any) -> Any:
+    if input.dim() == 0 or other.dim() == 0:
+        return input * other
+    return torch.tensordot(input, other, ([-1], [-1]))
+
+
+def _pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
+    return torch.ops.aten.norm(x1 - x2 + eps, p, [-1], keepdim)
+
+
+def _tensordot(a: Any, b: Any, dims: Any = 2, out: None = None) -> Any:
+    if out is not None:
+        raise NotImplementedError("writes to a given tensor")
+    torch._assert(a.dtype == b.dtype, "tensordot: both inputs must have the same dtype")  # type: ignore[no-untyped-call]
+    if isinstance(dims, int):
+        dims = list(range(-dims, 0)), list(range(dims))
+    ranks = range(a.dim()), range(b.dim())
+    summed = [[dim % len(rank) for dim in given] for given, rank in zip(dims, ranks, strict=True)]
+    count = 1
+    for left, right in zip(*summed, strict=True):
+        if b.shape[right] == 1:
+            a = a.sum(left, keepdim=True, dtype=a.dtype)
+        elif a.shape[left] == 1:
+            b = b.sum(right, keepdim=True, dtype=b.dtype)
+        else:
+            count = count * a.shape[left]
+    kept = [[dim for dim in rank if dim not in used] for rank, used in zip(ranks, summed, strict=True)]
+    rows, columns = [a.shape[dim] for dim in kept[0]], [b.shape[dim] for dim in kept[1]]
+    if all(size == 1 for size in (*rows, *columns)):
+        raise NotImplementedError("a single number, which is computed by strides")
+    left = a.permute(kept[0] + summed[0]).reshape(_product(rows), count)
+    right = b.permute(summed[1] + kept[1]).reshape(count, _product(columns))
+    return torch.mm(left, right).reshape([*rows, *columns])
+
+
+def _trapezoid(y: Any, x: Any = None, *, dx: float = 1, dim: int = -1) -> Any:
+    if y.shape[dim] == 0:
+        raise NotImplementedError("nothing to sum")
+    if x is None:
+        return (y.sum(dim) - (y.select(dim, 0) + y.select(dim, -1)) * 0.5) * dx
+    left, right = _sides(y, dim)
+    return ((left + right) * _steps(x, y, dim)).sum(dim) / 2.0
+
+
+def _steps(x: Any, y: Any, dim: int) -> Any:
+    rank = y.dim()
+    if x.dim() == 1:
+        sizes: list[Any] = [1] * rank
+        sizes[dim] = -1
+        x = x.view(sizes)
+    elif x.dim() < rank:
+        x = x.view([1] * (rank - x.dim()) + [x.shape[i] for i in range(x.dim())])
+    left, right = _sides(x, dim)
+    return right - left
+
+
+def _sides(y: Any, dim: int) -> tuple[Any, Any]:
+    part = torch.ops.aten.slice.Tensor
+    return part(y, dim, 0, -1), part(y, dim, 1)
+
+
+def _product(sizes: Sequence[Any]) -> Any:
+    total: Any = 1
+    for size in sizes:
+        total = total * size
+    return total
+
+
+COMPOSED: Final[Mapping[str, Callable[..., Any]]] = {
+    "cross_entropy_loss": _cross_entropy,
+    "cumulative_trapezoid": _cumulative_trapezoid,
+    "inner": _inner,
+    "pairwise_distance": _pairwise_distance,
+    "tensordot": _tensordot,
+    "trapezoid": _trapezoid,
+    "trapz": _trapezoid,
+}

@@ -1,0 +1,112 @@
+"""Which way does the program go where Python asks a traced value?
+
+A test that only guards against bad input is recorded, and the good way taken. Otherwise the facts that example inputs
+tell decide, and a check of them is recorded. Where neither knows, the trace is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.proxy import TraceError
+
+from fxamp.capture.calls import expect
+from fxamp.capture.facts import UNTOLD, Facts
+from fxamp.capture.guards import guard_at
+from fxamp.capture.source import calling_frame, spelled_line
+
+__all__ = ["DecidingTracer"]
+
+_length = len  # while a model is traced, the builtin is another one
+
+
+class DecidingTracer(fx.Tracer):
+    """A tracer that answers what Python asks of traced values.
+
+    Args:
+        facts: what example inputs tell.
+    """
+
+    def __init__(self, facts: Facts | None) -> None:
+        super().__init__(autowrap_modules=(math,))
+        self.facts = facts
+        self._bodies = 0  # of torch's functions, that are being traced into
+        self._expected: dict[tuple[fx.Node, Any], fx.Node] = {}
+        self._refused: list[str] = []
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        frame = calling_frame(sys._getframe(1))
+        guard = guard_at(frame) if frame is not None else None
+        if guard is None:
+            # torch's own functions compare sizes to tell apart what one model does in the same way every time.
+            value = self._told(obj, sizes=self._bodies > 0)
+            if value is UNTOLD:
+                raise self._refusal("branches on a tensor value")
+            return bool(self._expect(obj, bool(value)))
+        if guard.whole:
+            condition = obj if guard.value else self._emit(operator.not_, obj)
+            self._emit(torch._assert, condition, f"the model requires: {guard.text} is {guard.value}")
+        return guard.value
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        if obj.node.target in ("chunk", torch.chunk) and isinstance(obj.node.args[1], int):
+            return (obj[i] for i in range(obj.node.args[1]))  # type: ignore[index]
+        try:
+            length = self.settled_length(obj)
+        except TypeError as error:
+            raise self._refusal("iterates over a tensor, or over a tuple whose length is not known") from error
+        of_tensor = self.facts is not None and self.facts.kind(obj.node) is torch.Tensor
+        parts = self._record_method("unbind", (obj,), {}) if of_tensor else obj
+        return (parts[i] for i in range(length))  # type: ignore[index]
+
+    def settled_length(self, proxy: fx.Proxy) -> int:
+        """How many parts a traced value has; the graph checks that it stays so.
+
+        Raises:
+            TypeError: when that is not told.
+        """
+        length = self.facts.length(proxy.node) if self.facts is not None else None
+        if length is None:
+            raise TypeError("the length of a traced value is not known")
+        self._expect(self._emit(_length, proxy), length)
+        return length
+
+    def settled(self, proxy: fx.Proxy) -> Any:
+        """What Python gets where it needs the value of a traced number now; the graph checks that it stays so.
+
+        Raises:
+            TypeError: when the value is not told.
+        """
+        value = self._told(proxy)
+        if value is UNTOLD:
+            raise TypeError("a traced value cannot be interpreted as an integer")
+        return self._expect(proxy, value)
+
+    def _told(self, proxy: fx.Proxy, *, sizes: bool = False) -> Any:
+        return UNTOLD if self.facts is None else self.facts.told(proxy.node, sizes=sizes)
+
+    def _expect(self, proxy: fx.Proxy, value: Any) -> Any:
+        check = self._expected.get((proxy.node, value))
+        if check is None or check._erased:
+            made = self._emit(expect, proxy, value, spelled_line(calling_frame(sys._getframe(1))))
+            self._expected[proxy.node, value] = made.node
+        return value
+
+    def _refusal(self, what: str) -> TraceError:
+        self._refused.append(what)
+        return TraceError(what)
+
+    def _emit(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self._record(function, args, {})
+
+    def _record_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.create_proxy("call_method", name, args, kwargs)
+
+    def _record(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.create_proxy("call_function", function, args, kwargs)

@@ -1,0 +1,203 @@
+"""What do example inputs tell of a traced value?
+
+Each call of a trace can be run on fake tensors: its shape is that of a real run, nothing is computed. So a branch on
+``x.dim()`` goes the way it would go for such inputs, and the graph checks that at every call. Two things are not told:
+data, and which of the castable dtypes a computed tensor has, for that is what autocast decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from fxamp.capture.arguments import map_leaves
+from fxamp.capture.calls import MODE_CALLS, has_hooks
+from fxamp.capture.clone import clone_tree
+from fxamp.dtypes import is_castable
+
+__all__ = ["UNTOLD", "Facts", "run_on_fakes", "without_log"]
+
+UNTOLD: Final = object()
+
+# What a tensor tells of itself apart from its sizes.
+_NO_SIZES: Final = frozenset(
+    "dim ndimension ndim layout device dtype is_floating_point is_complex is_signed is_sparse is_quantized is_nested "
+    "is_cuda is_cpu is_meta get_device itemsize element_size".split()
+)
+_NOT_TOLD: Final = frozenset("is_contiguous data_ptr item tolist requires_grad is_leaf grad_fn grad names".split())
+
+
+class _CastableDtype:
+    """The dtype of a floating tensor, which autocast may have changed."""
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, _CastableDtype) or (isinstance(other, torch.dtype) and is_castable(other)):
+            raise LookupError("autocast decides about this dtype")
+        return False
+
+    __hash__ = object.__hash__
+
+    is_floating_point = True
+    is_complex = False
+
+
+_CASTABLE: Final = _CastableDtype()
+
+
+class Facts:
+    """The fake values of a graph that is being traced.
+
+    Args:
+        examples: the values of the graph's placeholders, in order.
+        attribute: path to the parameter, buffer, tensor or module of that name.
+        sizes: tell sizes too, and not only what follows from the number of dimensions.
+
+    Attributes:
+        running: whether a call is being run right now.
+    """
+
+    def __init__(self, examples: list[Any], attribute: Callable[[str], Any], *, sizes: bool) -> None:
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.running = False
+        self._examples = iter([self._fake(example) for example in examples])
+        self._attribute = attribute
+        self._tells_sizes = sizes
+        self._values: dict[fx.Node, Any] = {}
+        self._sized: set[fx.Node] = set()
+
+    def kind(self, node: fx.Node) -> type | None:
+        """The type of a node's value, or None when it is not told."""
+        value = self._value(node)
+        return None if value is UNTOLD else torch.Tensor if isinstance(value, torch.Tensor) else type(value)
+
+    def told(self, node: fx.Node, *, sizes: bool = False) -> Any:
+        """The value of a node that holds no tensor, or ``UNTOLD``; ``sizes``: also one that follows from sizes."""
+        value = self._value(node)
+        if (node in self._sized and not (sizes or self._tells_sizes)) or isinstance(
+            value, torch.Tensor | _CastableDtype
+        ):
+            return UNTOLD
+        return value
+
+    def length(self, node: fx.Node) -> int | None:
+        """How many parts a tuple has, or a tensor when sizes are told; None when that is not known."""
+        value = self._value(node)
+        if not isinstance(value, torch.Size) and node in self._sized and not self._tells_sizes:
+            return None
+        if isinstance(value, torch.Tensor):
+            return len(value) if self._tells_sizes and value.dim() else None
+        return len(value) if isinstance(value, tuple | list) else None
+
+    def _value(self, node: fx.Node) -> Any:
+        # In graph order and up to the last call, for a call may change the shape of an earlier value.
+        unseen = [each for each in node.graph.nodes if each not in self._values]
+        for each in unseen:
+            with self._alone():
+                self._values[each] = self._found(each)
+            if self._is_sized(each):
+                self._sized.add(each)
+        return self._values[node]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """What runs now is no part of the model's program: nothing of it is to be recorded."""
+        grad_mode = torch.is_grad_enabled()
+        self.running = True
+        try:
+            with torch._C.DisableTorchFunction(), without_log():
+                yield
+        finally:
+            self.running = False
+            torch._C._set_grad_enabled(grad_mode)
+
+    def _found(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return next(self._examples, UNTOLD)
+        if node.op == "get_attr":
+            return self._fake(self._attribute(str(node.target)))
+        name = str(node.args[1]) if node.target is getattr else node.target
+        if node.target in MODE_CALLS or name in _NOT_TOLD:
+            return UNTOLD
+        if any(self._values[source] is UNTOLD for source in node.all_input_nodes):
+            return UNTOLD
+        for prepare in (lambda value: value, _in_float32):
+            try:
+                return self._run(node, prepare)
+            except Exception:
+                continue
+        return UNTOLD
+
+    def _run(self, node: fx.Node, prepare: Callable[[Any], Any]) -> Any:
+        compares = getattr(node.target, "__module__", None) == operator.eq.__module__
+
+        def argument(source: fx.Node) -> Any:
+            value = prepare(self._values[source])
+            return torch.float32 if value is _CASTABLE and not compares else value
+
+        args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, argument)
+        with self._mode:
+            if node.op == "call_module":
+                return run_on_fakes(self._attribute(str(node.target)), args, kwargs, self._fake)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            assert callable(node.target)
+            value = node.target(*args, **kwargs)
+        given = all(source.op in ("placeholder", "get_attr") for source in node.all_input_nodes)
+        return _CASTABLE if isinstance(value, torch.dtype) and is_castable(value) and not given else value
+
+    def _is_sized(self, node: fx.Node) -> bool:
+        """Whether a value is no tensor and follows from the sizes of some."""
+        if isinstance(self._values[node], torch.Tensor):
+            return False
+        if node.op == "placeholder":
+            return isinstance(self._values[node], int | float)
+        name = str(node.args[1]) if node.target is getattr else node.target
+        of_tensors = any(isinstance(self._values[source], torch.Tensor) for source in node.all_input_nodes)
+        if node.target is len:
+            return of_tensors
+        return (of_tensors and name not in _NO_SIZES) or any(source in self._sized for source in node.all_input_nodes)
+
+    def _fake(self, value: Any) -> Any:
+        return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
+
+
+def run_on_fakes(module: nn.Module, args: Any, kwargs: Mapping[str, Any], fake: Callable[[Any], Any]) -> Any:
+    """What a module gives back for fake tensors; what it writes goes to a clone.
+
+    Raises:
+        NotImplementedError: when it has hooks, which are the user's and not to be run for this.
+    """
+    if any(map(has_hooks, module.modules())):
+        raise NotImplementedError("hooks are the user's, and not run here")
+    module = clone_tree(module)
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    fakes = {name: fake(tensor) for name, tensor in state.items()}
+    return torch.func.functional_call(module, fakes, args, dict(kwargs))
+
+
+@contextmanager
+def without_log() -> Iterator[None]:
+    """Fake tensors log a traceback of what fails; here that is an answer."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _in_float32(value: Any) -> Any:
+    """The value in one dtype: autocast would have seen to it that dtypes fit, and only shapes count here."""
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.float() if is_castable(tensor.dtype) else tensor
+
+    return pytree.tree_map_only(torch.Tensor, cast, value)

@@ -1,0 +1,204 @@
+"""Models that branch on shapes: example inputs decide, and the graph checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxamp
+from fxamp.capture.facts import UNTOLD, Facts
+from tests.helpers import assert_same, run
+
+BF16 = torch.bfloat16
+
+
+def rules(amp: fxamp.AmpModule) -> list[tuple[str, str]]:
+    return [(decision.op, decision.rule) for decision in amp.plan if decision.rule]
+
+
+def same_as_autocast(model: Callable[..., Any], *args: Any, device_type: str = "cpu") -> fxamp.AmpModule:
+    amp = fxamp.convert(model, dtype=BF16, device_type=device_type, example_inputs=args)
+    assert_same(run(amp, args, {}, torch.enable_grad()), run(model, args, {}, torch.autocast("cpu", BF16)))
+    return amp
+
+
+class Shapes(nn.Module):
+    """Asks for dimensions in every way: none fixes a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            x = x.unsqueeze(0)
+        *batch, width = x.shape
+        y = self.linear(x).reshape(*batch, 2, width // 2)
+        y = y.reshape(*y.shape[:-2], width)
+        if y.ndim in {3, 4} and len(y.shape) < 5:
+            y = y.permute(*reversed(range(y.ndim)))
+        match y.layout:
+            case torch.strided:
+                y = y * 2
+        kinds = {torch.float64: 2.0, torch.float32: 3.0}
+        return y * kinds[x.dtype] if x.is_floating_point() else y
+
+
+def test_a_branch_on_dimensions_leaves_sizes_free() -> None:
+    model = Shapes()
+    amp = same_as_autocast(model, torch.randn(2, 5, 4))
+    for shape in ((2, 5, 4), (7, 3, 4), (1, 1, 4)):
+        x = torch.randn(shape)
+        with torch.autocast("cpu", BF16):
+            expected = model(x)
+        assert_same(amp(x), expected)
+
+
+def test_a_call_of_other_dimensions_is_an_error_with_the_line() -> None:
+    amp = fxamp.convert(Shapes(), dtype=BF16, example_inputs=(torch.randn(2, 5, 4),))
+    with pytest.raises(fxamp.CaptureError) as raised:
+        amp(torch.randn(5, 4))
+    text = str(raised.value)
+    assert "at `if x.dim() == 2:` (test_example_inputs.py:" in text
+    assert text.endswith("the graph was made for False, found True\n\nhint: convert with example_inputs of this kind")
+
+
+def test_without_example_inputs_the_same_model_is_refused() -> None:
+    with pytest.raises(fxamp.CaptureError, match=r"the branch `if x.dim\(\) == 2` depends on a tensor value"):
+        fxamp.convert(Shapes())
+
+
+def loops(x: Tensor) -> Tensor:
+    y = x @ x.transpose(-1, -2)
+    for i in range(x.shape[1]):
+        y = y + y[:, i : i + 1]
+    for row in y:
+        y = y + row.exp().mean()
+    if y.shape[0] > 1:
+        y = y[: int(y.shape[0] * 0.5)]
+    return y.reshape(int(np.prod(y.shape))) * x.new_ones(()).expand(y.numel())
+
+
+def test_sizes_are_fixed_only_where_the_model_cannot_be_traced_without() -> None:
+    amp = same_as_autocast(loops, torch.randn(2, 3, 4))
+    x = torch.randn(2, 3, 9)  # a size that the program does not ask for
+    with torch.autocast("cpu", BF16):
+        expected = loops(x)
+    assert_same(amp(x), expected)
+    with pytest.raises(fxamp.CaptureError, match="the graph was made for 3, found 5"):
+        amp(torch.randn(2, 5, 4))
+
+
+def test_data_and_dtypes_that_autocast_decides_are_not_told() -> None:
+    def on_data(x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+    def on_dtype(x: Tensor) -> Tensor:
+        y = x @ x
+        return y if y.dtype == torch.float32 else y * 2
+
+    for model in (on_data, on_dtype):
+        with pytest.raises(fxamp.CaptureError, match="depends on a tensor value"):
+            fxamp.convert(model, example_inputs=(torch.randn(3, 3),))
+
+
+def test_a_set_or_a_dict_finds_a_traced_dtype_by_its_value() -> None:
+    def scaled(x: Tensor) -> Tensor:
+        return x * 2 if x.dtype in {torch.float32, torch.float64} else x
+
+    assert torch.equal(fxamp.convert(scaled, example_inputs=(torch.ones(2),))(torch.ones(2)), torch.full((2,), 2.0))
+    with pytest.raises(fxamp.CaptureError, match="cannot be interpreted"):
+        fxamp.convert(scaled)
+
+
+def test_an_optional_argument_is_traced_with_the_values_of_its_first_call() -> None:
+    def masked(x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None and mask.dim() == 1:
+            mask = mask[:, None]
+        return x @ x if mask is None else (x @ x) * mask
+
+    amp = fxamp.convert(masked, dtype=BF16)
+    x, mask = torch.randn(3, 3), torch.tensor([1.0, 0.0, 2.0])
+    with torch.autocast("cpu", BF16):
+        expected = masked(x), masked(x, mask)
+    assert_same((amp(x), amp(x, mask)), expected)
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "masked": (lambda x, m: torch.masked.softmax(x @ x, -1, mask=m), (torch.randn(4, 4), torch.eye(4).bool())),
+    "area": (lambda x: F.interpolate(x, scale_factor=0.5, mode="area"), (torch.randn(2, 3, 8, 8),)),
+    "response norm": (lambda x: F.local_response_norm(x, 3), (torch.randn(2, 5, 8),)),
+    "gaussian": (lambda x, v: F.gaussian_nll_loss(x, x * 0.5, v), (torch.randn(4, 3), torch.rand(4, 3) + 0.1)),
+    "inner": (lambda x, y: torch.inner(x, y), (torch.randn(3, 4), torch.randn(5, 4))),
+    "tensordot": (lambda x, y: torch.tensordot(x, y, 2), (torch.randn(2, 3, 4), torch.randn(3, 4, 2))),
+    "attention": (
+        lambda x, w: F.multi_head_attention_forward(x, x, x, 4, 2, w, None, None, None, False, 0.0, w[:4], None),
+        (torch.randn(5, 2, 4), torch.randn(12, 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_torch_that_ask_for_shapes_are_seen_into(name: str) -> None:
+    function, args = FUNCTIONS[name]
+    args = tuple(arg.requires_grad_() if arg.is_floating_point() else arg for arg in args)
+    amp = same_as_autocast(lambda *inputs: function(*inputs), *args)
+    assert "opaque" not in dict(rules(amp)).values()
+
+
+def test_cross_entropy_on_the_gpu_is_its_two_parts_with_the_target_known() -> None:
+    model, args = nn.Linear(4, 3), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
+    amp = fxamp.convert(model, F.cross_entropy, dtype=BF16, device_type="cuda", example_inputs=args)
+    assert rules(amp) == [("F.linear", "lower"), ("torch.log_softmax", "follow"), ("F.nll_loss_nd", "fp32")]
+    assert amp.plan["log_softmax"].runs_in == BF16
+    with pytest.raises(fxamp.CaptureError, match="goes another way"):
+        amp(torch.randn(5, 4), torch.rand(5, 3))  # probabilities are weighted, not looked up
+    on_cpu = amp.replan(fxamp.Policy.autocast("cpu", BF16))
+    assert rules(on_cpu) == [("F.linear", "lower"), ("F.cross_entropy", "fp32")]
+    without = fxamp.convert(model, F.cross_entropy, dtype=BF16, device_type="cuda")
+    assert rules(without)[1] == ("F.cross_entropy", "opaque")
+
+
+def test_what_runs_for_a_fact_leaves_no_trace() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.calls = nn.BatchNorm1d(4), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                seeded = self.norm(x)
+            return seeded if seeded.dim() == 2 else x
+
+    model = Writes()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.randn(3, 4)
+    state, grad_mode = torch.get_rng_state(), torch.is_grad_enabled()
+    fxamp.convert(model, example_inputs=(x,))
+    assert_same(dict(model.state_dict()), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled() is grad_mode
+
+
+def test_facts_are_those_of_the_examples() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    nodes = {
+        "dim": graph.call_method("dim", (x,)),
+        "size": graph.call_method("size", (x, 0)),
+        "dtype": graph.call_function(getattr, (x, "dtype")),
+        "sum": graph.call_method("sum", (x,)),
+        "parts": graph.call_method("split", (x, 2)),
+    }
+    ranks = Facts([torch.zeros(4, 3)], lambda path: None, sizes=False)
+    assert [ranks.told(nodes[name]) for name in ("dim", "dtype")] == [2, torch.float32]
+    assert [ranks.told(nodes[name]) for name in ("size", "sum")] == [UNTOLD, UNTOLD]
+    assert (ranks.kind(nodes["sum"]), ranks.length(nodes["parts"])) == (Tensor, None)
+    sizes = Facts([torch.zeros(4, 3)], lambda path: None, sizes=True)
+    assert (sizes.told(nodes["size"]), sizes.length(nodes["parts"]), sizes.length(x)) == (4, 2, 4)
