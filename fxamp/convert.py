@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from fxamp.capture import Layout, Program, Traced, values_of
 from fxamp.dtypes import check_low_dtype
@@ -63,6 +64,7 @@ def convert(
     asked = _asked(policy, device_type, dtype)
     if not callable(model) or isinstance(model, AmpModule):
         raise _not_a_model(model)
+    _check_initialised(model)
     program = Program(model, loss)
     layout, examples = _example_layout(program, example_inputs)
     conversion = Conversion.start(program, asked, _STAGES, layout, examples)
@@ -83,6 +85,16 @@ def _build(
     graph = insert_casts(traced.graph, plan)
     verify(graph, traced.graph, plan)
     return plan, graph
+
+
+def _check_initialised(model: Callable[..., Any]) -> None:
+    tensors = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else {}
+    lazy = next((name for name, tensor in tensors.items() if is_lazy(tensor)), None)
+    if lazy is not None:
+        raise CaptureError(
+            f"'{lazy}' of {type(model).__name__} is not initialised: its shape comes with the first call",
+            hint="call the model once before fxamp.convert(model)",
+        )
 
 
 def _rulings(program: Program, policy: Policy) -> dict[str, Ruling]:

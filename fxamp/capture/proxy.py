@@ -15,6 +15,7 @@ from torch import fx
 from torch.fx.proxy import Attribute, TraceError
 
 from fxamp.capture.builtins import known_kind
+from fxamp.capture.calls import unsorted_indices
 
 __all__ = ["AmpAttribute", "AmpParameterProxy", "AmpProxy", "SettlingProxy"]
 
@@ -26,6 +27,8 @@ class _Recorded(fx.Proxy):
     """What our proxies add to torch.fx's."""
 
     def __getattr__(self, name: str) -> Any:
+        if name == "unsorted_indices":  # torch asks whether it is None, which a trace cannot see
+            return self.tracer.create_proxy("call_function", unsorted_indices, (self,), {})
         kind = self._kind()
         if name.startswith("__array") or (kind is not None and not hasattr(kind, name)):
             raise AttributeError(name)  # numpy asks; it would take a traced value for an array

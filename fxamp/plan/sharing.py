@@ -51,6 +51,7 @@ class Sharing:
         self._may_be: dict[fx.Node, frozenset[object]] = {}  # the leaves that a value may be
         self._leaves: dict[str, frozenset[object]] = {}  # the same, by the name of the node
         self._ambient_leaves: set[object] = set()
+        self._first_dtype: dict[tuple[object, int], torch.dtype] = {}
 
     def define(self, node: fx.Node, call: Call | None = None, *, from_table: bool = False) -> None:
         """A value comes to be; ``from_table``: out of an operator of the table, so it is a new tensor."""
@@ -83,6 +84,10 @@ class Sharing:
         if cast.dtype != state.dtype or not state.cache_enabled:
             return cast
         self._leaves[source.name] = self._may_be[source]
+        for leaf in self._may_be[source]:
+            # The cache of autocast has one copy of a leaf, whatever its dtype: two dtypes are left to it.
+            if self._first_dtype.setdefault((leaf, state.epoch), cast.dtype) != cast.dtype:
+                self._ambient_leaves.add(leaf)
         if isinstance(value, torch.Tensor):
             static = value.dtype == torch.float32 if weight else not value.requires_grad
             return replace(cast, share=key) if static else replace(cast, leaf_only=not weight)
