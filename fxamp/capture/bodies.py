@@ -8,14 +8,18 @@ into them makes every call inside visible.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, Final
 
 import torch
+from torch import nn
 from torch._jit_internal import boolean_dispatched
 
-__all__ = ["body_of"]
+from fxamp.capture.calls import has_hooks
+
+__all__ = ["body_of", "gives_no_weights"]
 
 _QUESTIONS: Final = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
@@ -61,3 +65,11 @@ def _without_question(function: FunctionType) -> Callable[..., Any] | None:
 
 def _handles_nothing(*args: Any) -> bool:
     return False
+
+
+def gives_no_weights(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether attention is called so that it gives None beside its output; code may ask whether it does."""
+    if not isinstance(module, nn.MultiheadAttention) or has_hooks(module):
+        return False
+    asked = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    return asked.get("need_weights", True) is False

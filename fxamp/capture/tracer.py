@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
-from fxamp.capture.bodies import body_of
+from fxamp.capture.bodies import body_of, gives_no_weights
 from fxamp.capture.builtins import shadowed_builtins, shadowed_numbers
 from fxamp.capture.calls import assign, has_hooks
 from fxamp.capture.composed import COMPOSED
@@ -233,7 +233,7 @@ class AmpTracer(DecidingTracer):
         try:
             proxy = self.create_proxy("call_module", path, args, kwargs)
             proxy.node.meta["untraceable"] = self.untraceable.get(path, "")
-            return proxy
+            return (proxy[0], None) if gives_no_weights(m, args, kwargs) else proxy
         finally:
             self.scope.module_path, self.scope.module_type = outer
 

@@ -1092,6 +1092,16 @@ ATTENTION: dict[str, Function] = {
 }
 
 
+def asks_for_none(m: Any, x: Tensor) -> Any:
+    found, weights = m.attention(x, x, x, need_weights=False)
+    return found if weights is None else (found, weights)
+
+
+@cases({"asks_for_none": asks_for_none})
+def test_attention_without_weights_gives_none(case: Function, dtype: torch.dtype, examples: bool) -> None:
+    same(Net(case, attention=nn.MultiheadAttention(8, 2)), sequence(), dtype=dtype, examples=examples)
+
+
 @cases(ATTENTION)
 def test_multihead_attention(case: Function, dtype: torch.dtype, examples: bool) -> None:
     same(case(), sequence(), dtype=dtype, examples=examples)
