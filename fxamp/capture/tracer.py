@@ -214,7 +214,7 @@ class AmpTracer(DecidingTracer):
             self._go_back(mark)
             self.untraceable[path] = _reason(error)
             return self._call_leaf(m, path, args, kwargs)
-        return result
+        return (result[0], None) if gives_no_weights(m, args, kwargs) else result
 
     def call_whole(self, *args: Any, **kwargs: Any) -> Any:
         """The model itself as one call, for a model that is a module of torch."""
@@ -233,7 +233,7 @@ class AmpTracer(DecidingTracer):
         try:
             proxy = self.create_proxy("call_module", path, args, kwargs)
             proxy.node.meta["untraceable"] = self.untraceable.get(path, "")
-            return (proxy[0], None) if gives_no_weights(m, args, kwargs) else proxy
+            return proxy
         finally:
             self.scope.module_path, self.scope.module_type = outer
 
