@@ -95,17 +95,34 @@ def test_sizes_are_fixed_only_where_the_model_cannot_be_traced_without() -> None
         amp(torch.randn(2, 5, 4))
 
 
-def test_data_and_dtypes_that_autocast_decides_are_not_told() -> None:
+def on_dtype(x: Tensor) -> Tensor:
+    y = x @ x
+    with torch.autocast("cpu", enabled=False):
+        z = y.float() @ x
+    return (y if y.dtype == torch.float32 else y * 2) + (z if z.dtype == torch.float32 else z * 2)
+
+
+def test_data_is_not_told_nor_dtypes_that_the_autocast_of_a_gpu_decides() -> None:
     def on_data(x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x
 
-    def on_dtype(x: Tensor) -> Tensor:
-        y = x @ x
-        return y if y.dtype == torch.float32 else y * 2
-
-    for model in (on_data, on_dtype):
+    for model, device_type in ((on_data, "cpu"), (on_dtype, "cuda")):
         with pytest.raises(fxamp.CaptureError, match="depends on a tensor value"):
-            fxamp.convert(model, example_inputs=(torch.randn(3, 3),))
+            fxamp.convert(model, device_type=device_type, example_inputs=(torch.randn(3, 3),))
+
+
+def test_the_dtype_of_an_input_is_told_for_every_device() -> None:
+    def summed(x: Tensor) -> Tensor:
+        return torch.masked.sum(x, -1, mask=x > 0)
+
+    for x in (torch.randn(3, 3), torch.randn(3, 3).bfloat16()):
+        amp = fxamp.convert(summed, dtype=BF16, device_type="cuda", example_inputs=(x,))
+        assert amp(x).dtype == x.dtype
+
+
+def test_a_dtype_that_is_read_is_the_one_it_has_under_autocast() -> None:
+    amp = same_as_autocast(on_dtype, torch.randn(3, 3))
+    assert [d.op for d in amp.plan].count("operator.mul") == 1
 
 
 def test_a_set_or_a_dict_finds_a_traced_dtype_by_its_value() -> None:

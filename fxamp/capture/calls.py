@@ -22,9 +22,12 @@ __all__ = [
     "exit_inference_mode",
     "expect",
     "forked_states",
+    "get_rng_state",
     "has_hooks",
     "leave_inference_modes",
+    "manual_seed",
     "restore_states",
+    "set_rng_state",
     "unsorted_indices",
 ]
 
@@ -55,6 +58,26 @@ class AutogradFunctionCall:
 def assign(module: nn.Module, name: str, value: Any) -> None:
     """Sets an attribute of a module, as the user's forward did while it was traced."""
     setattr(module, name, value)
+
+
+# Calls of their own, for Dynamo puts wrappers in the place of torch's when it is imported.
+
+
+def get_rng_state() -> torch.Tensor:
+    """``torch.get_rng_state``."""
+    return torch.get_rng_state()
+
+
+@fx.node.has_side_effect
+def manual_seed(seed: int) -> torch.Generator:
+    """``torch.manual_seed``."""
+    return torch.manual_seed(seed)
+
+
+@fx.node.has_side_effect
+def set_rng_state(new_state: torch.Tensor) -> None:
+    """``torch.set_rng_state``."""
+    torch.set_rng_state(new_state)
 
 
 def forked_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -126,10 +149,10 @@ MODE_CALLS: Final = frozenset(
         restore_states,
         torch._assert,
         torch._C._set_grad_enabled,
-        torch.get_rng_state,
+        get_rng_state,
+        manual_seed,
+        set_rng_state,
         torch.is_grad_enabled,
-        fx.node.has_side_effect(torch.manual_seed),
-        fx.node.has_side_effect(torch.set_rng_state),
     }
 )
 """Calls that only steer what runs. They are made in the order of the program."""

@@ -2,8 +2,8 @@
 
 ATen makes some operators of others, and autocast sees the others. Where it treats these unlike the whole, the whole
 would have to run under autocast; here it is written as its calls, so that each can be decided about. Each body
-computes what ATen does, to the last bit of values and gradients (as its Linear, Distance, Integration and LossNLL
-have it). One that asks for a dimension or a size can be traced with example inputs only.
+computes what ATen does, to the last bit of values and gradients (as its LinearAlgebra, Distance,
+Integration and LossNLL have it). One that asks for a dimension or a size can be traced with example inputs only.
 """
 
 from __future__ import annotations
@@ -27,11 +27,42 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    if size_average is not None or reduce is not None or label_smoothing or input.shape == target.shape:
-        raise NotImplementedError("another way through cross_entropy_loss")
-    logs = torch.log_softmax(input, 0 if input.dim() == 1 else 1, dtype=input.dtype)
+    if size_average is not None or reduce is not None or input.numel() == 0:
+        raise NotImplementedError("the old way to say how to reduce, or nothing to reduce")
+    dim = 0 if input.dim() == 1 else 1
+    # The one way of saying "as it comes" that autocast leaves alone.
+    logs = torch.log_softmax(input, dim, dtype=input.dtype)
+    shaped = weight if weight is None or dim == 0 else weight.view([1, -1] + [1] * (input.dim() - 2))
+    share = label_smoothing / input.shape[dim] if label_smoothing else 0.0
+    if input.shape == target.shape:
+        return _of_probabilities(logs, target, shaped, dim, reduction, label_smoothing, share)
     how: Any = _Reduction.get_enum(reduction)
-    return torch._C._nn.nll_loss_nd(logs, target, weight, how, ignore_index)
+    loss = torch._C._nn.nll_loss_nd(logs, target, weight, how, ignore_index)
+    if not label_smoothing:
+        return loss
+    smooth = -(logs if shaped is None else logs * shaped).sum(dim)
+    ignored = target == ignore_index
+    smooth.masked_fill_(ignored, 0.0)
+    if reduction == "mean" and weight is None:
+        smooth = smooth.sum() / (~ignored).sum()
+    elif reduction == "mean":
+        weights = weight.gather(0, target.masked_fill(ignored, 0).flatten())
+        smooth = smooth.sum() / weights.masked_fill_(ignored.flatten(), 0).sum()
+    elif reduction == "sum":
+        smooth = smooth.sum()
+    return (1 - label_smoothing) * loss + smooth * share
+
+
+def _of_probabilities(
+    logs: Any, target: Any, weight: Any, dim: int, reduction: str, label_smoothing: float, share: Any
+) -> Any:
+    if label_smoothing:
+        target = target * (1 - label_smoothing) + share
+    products = logs * target if weight is None else logs * target * weight
+    if reduction == "none":
+        return -products.sum(dim)
+    total = -products.sum()
+    return total / (logs.numel() // logs.shape[dim]) if reduction == "mean" else total
 
 
 def _cumulative_trapezoid(y: Any, x: Any = None, *, dx: float = 1, dim: int = -1) -> Any:
@@ -47,8 +78,36 @@ def _inner(input: Any, other: Any) -> Any:
     return torch.tensordot(input, other, ([-1], [-1]))
 
 
+def _matrix_power(input: Any, n: int, *, out: None = None) -> Any:
+    if out is not None or not isinstance(n, int):
+        raise NotImplementedError("writes to a given tensor, or a power that is not known")
+    if n in (0, 1):
+        copy = input.clone(memory_format=torch.contiguous_format)
+        return copy if n else copy.copy_(torch.eye(input.shape[-2], dtype=input.dtype, device=input.device))
+    power, n = (input if n > 0 else torch.linalg.inv(input)), abs(n)
+    if n == 3:
+        return torch.matmul(torch.matmul(power, power), power)
+    result = None
+    while n > 1:
+        if n % 2:
+            result = power if result is None else torch.matmul(result, power)
+        power, n = torch.matmul(power, power), n // 2
+    return power if result is None else torch.matmul(result, power)
+
+
 def _pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
     return torch.ops.aten.norm(x1 - x2 + eps, p, [-1], keepdim)
+
+
+def _sum_to_size(input: Any, *size: Any) -> Any:
+    wanted = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+    if not wanted:
+        return input.sum()
+    leading = input.dim() - len(wanted)
+    summed = [i for i in range(leading, input.dim()) if wanted[i - leading] == 1 and input.shape[i] != 1]
+    if leading or summed:
+        input = input.sum([*range(leading), *summed], keepdim=True)
+    return input.view(wanted) if leading else input
 
 
 def _tensordot(a: Any, b: Any, dims: Any = 2, out: None = None) -> Any:
@@ -113,7 +172,10 @@ COMPOSED: Final[Mapping[str, Callable[..., Any]]] = {
     "cross_entropy_loss": _cross_entropy,
     "cumulative_trapezoid": _cumulative_trapezoid,
     "inner": _inner,
+    "linalg_matrix_power": _matrix_power,
+    "matrix_power": _matrix_power,
     "pairwise_distance": _pairwise_distance,
+    "sum_to_size": _sum_to_size,
     "tensordot": _tensordot,
     "trapezoid": _trapezoid,
     "trapz": _trapezoid,

@@ -19,7 +19,7 @@ from torch.fx.proxy import TraceError
 from fxamp.capture.calls import expect
 from fxamp.capture.facts import UNTOLD, Facts
 from fxamp.capture.guards import guard_at
-from fxamp.capture.source import calling_frame, spelled_line
+from fxamp.capture.source import calling_frame, spelled_line, user_frame
 
 __all__ = ["DecidingTracer"]
 
@@ -94,7 +94,9 @@ class DecidingTracer(fx.Tracer):
     def _expect(self, proxy: fx.Proxy, value: Any) -> Any:
         check = self._expected.get((proxy.node, value))
         if check is None or check._erased:
-            made = self._emit(expect, proxy, value, spelled_line(calling_frame(sys._getframe(1))))
+            # In a function of torch's it is the user's call that tells where.
+            frame = (user_frame if self._bodies else calling_frame)(sys._getframe(1))
+            made = self._emit(expect, proxy, value, spelled_line(frame))
             self._expected[proxy.node, value] = made.node
         return value
 

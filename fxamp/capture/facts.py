@@ -1,8 +1,8 @@
 """What do example inputs tell of a traced value?
 
 Each call of a trace can be run on fake tensors: its shape is that of a real run, nothing is computed. So a branch on
-``x.dim()`` goes the way it would go for such inputs, and the graph checks that at every call. Two things are not told:
-data, and which of the castable dtypes a computed tensor has, for that is what autocast decides.
+``x.dim()`` goes the way it would go for such inputs, and the graph checks that at every call. Data is never told, nor
+is the dtype of what was computed under the rules of a GPU, where the autocast of fake tensors cannot be asked.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from fxamp.capture.arguments import map_leaves
 from fxamp.capture.calls import MODE_CALLS, has_hooks
 from fxamp.capture.clone import clone_tree
+from fxamp.capture.regions import AutocastState, state_of
 from fxamp.dtypes import is_castable
 
 __all__ = ["UNTOLD", "Facts", "run_on_fakes", "without_log"]
@@ -36,7 +37,7 @@ _NOT_TOLD: Final = frozenset("is_contiguous data_ptr item tolist requires_grad i
 
 
 class _CastableDtype:
-    """The dtype of a floating tensor, which autocast may have changed."""
+    """The dtype of a floating tensor that autocast may have changed."""
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, _CastableDtype) or (isinstance(other, torch.dtype) and is_castable(other)):
@@ -59,12 +60,22 @@ class Facts:
         examples: the values of the graph's placeholders, in order.
         attribute: path to the parameter, buffer, tensor or module of that name.
         sizes: tell sizes too, and not only what follows from the number of dimensions.
+        ambient: the device type and dtype of autocast around the model, if there is any.
 
     Attributes:
         running: whether a call is being run right now.
     """
 
-    def __init__(self, examples: list[Any], attribute: Callable[[str], Any], *, sizes: bool) -> None:
+    def __init__(
+        self,
+        examples: list[Any],
+        attribute: Callable[[str], Any],
+        *,
+        sizes: bool,
+        ambient: tuple[str, torch.dtype] | None = None,
+    ) -> None:
+        self._ambient = None if ambient is None else AutocastState(ambient[1], enabled=True)
+        self._device_type = "cpu" if ambient is None else ambient[0]
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.running = False
         self._examples = iter([self._fake(example) for example in examples])
@@ -128,12 +139,15 @@ class Facts:
             return UNTOLD
         if any(self._values[source] is UNTOLD for source in node.all_input_nodes):
             return UNTOLD
-        for prepare in (lambda value: value, _in_float32):
-            try:
-                return self._run(node, prepare)
-            except Exception:
-                continue
-        return UNTOLD
+        prepare = _as_it_is if self._autocast_is_here() or node.target is getattr else _in_float32
+        try:
+            return self._run(node, prepare)
+        except Exception:
+            return UNTOLD
+
+    def _autocast_is_here(self) -> bool:
+        """Whether fake tensors go through the autocast of the rules, so that their dtypes are those of a real run."""
+        return self._device_type == "cpu"
 
     def _run(self, node: fx.Node, prepare: Callable[[Any], Any]) -> Any:
         compares = getattr(node.target, "__module__", None) == operator.eq.__module__
@@ -143,7 +157,7 @@ class Facts:
             return torch.float32 if value is _CASTABLE and not compares else value
 
         args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, argument)
-        with self._mode:
+        with self._mode, _autocast(node, self._device_type, self._ambient):
             if node.op == "call_module":
                 return run_on_fakes(self._attribute(str(node.target)), args, kwargs, self._fake)
             if node.op == "call_method":
@@ -151,7 +165,8 @@ class Facts:
             assert callable(node.target)
             value = node.target(*args, **kwargs)
         given = all(source.op in ("placeholder", "get_attr") for source in node.all_input_nodes)
-        return _CASTABLE if isinstance(value, torch.dtype) and is_castable(value) and not given else value
+        exact = given or self._autocast_is_here()
+        return _CASTABLE if isinstance(value, torch.dtype) and is_castable(value) and not exact else value
 
     def _is_sized(self, node: fx.Node) -> bool:
         """Whether a value is no tensor and follows from the sizes of some."""
@@ -194,8 +209,27 @@ def without_log() -> Iterator[None]:
         logger.disabled = before
 
 
+@contextmanager
+def _autocast(node: fx.Node, device_type: str, ambient: AutocastState | None) -> Iterator[None]:
+    """The autocast state that a call is made in."""
+    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    off = AutocastState(before[1], enabled=False)
+    state = state_of(node.meta.get("regions", ()), device_type, ambient or off)
+    torch.set_autocast_enabled(device_type, state.enabled)
+    torch.set_autocast_dtype(device_type, state.dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, before[0])
+        torch.set_autocast_dtype(device_type, before[1])
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
 def _in_float32(value: Any) -> Any:
-    """The value in one dtype: autocast would have seen to it that dtypes fit, and only shapes count here."""
+    """The value in one dtype: autocast would have seen to it that dtypes fit, and only shapes count."""
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.float() if is_castable(tensor.dtype) else tensor

@@ -21,7 +21,14 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _device
 from torch.utils import _pytree as pytree
 
-from fxamp.capture.calls import AutogradFunctionCall, forked_states, restore_states
+from fxamp.capture.calls import (
+    AutogradFunctionCall,
+    forked_states,
+    get_rng_state,
+    manual_seed,
+    restore_states,
+    set_rng_state,
+)
 
 __all__ = [
     "autograd_functions",
@@ -172,8 +179,7 @@ def random_calls(record: Record) -> Iterator[None]:
             if enabled:
                 record(restore_states, (states,), {})
 
-    names = ("get_rng_state", "manual_seed", "set_rng_state")
-    recorded: Any = {name: recording(getattr(torch, name)) for name in names}
+    recorded: Any = {call.__name__: recording(call) for call in (get_rng_state, manual_seed, set_rng_state)}
     with mock.patch.multiple(torch, **recorded), mock.patch.multiple(torch.random, fork_rng=fork, **recorded):
         yield
 

@@ -171,9 +171,10 @@ class Program:
             CaptureError: when the model's or the loss's own code cannot be traced, with the user's line.
         """
         if examples is not None:
+            facts = partial(Facts, examples, self.attribute, ambient=ambient)
             with suppress(CaptureError):
-                return self._trace(layout, training, ambient, partial(Facts, examples, self.attribute, sizes=False))
-            return self._trace(layout, training, ambient, partial(Facts, examples, self.attribute, sizes=True))
+                return self._trace(layout, training, ambient, partial(facts, sizes=False))
+            return self._trace(layout, training, ambient, partial(facts, sizes=True))
         return self._trace(layout, training, ambient, lambda: None)
 
     def _trace(
