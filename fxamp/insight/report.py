@@ -12,12 +12,13 @@ from torch import fx
 
 from fxamp.dtypes import abbreviate
 from fxamp.errors import FxampError, nearest
-from fxamp.plan import NOT_A_TENSOR, Decision, Flow, PrecisionPlan, tensors_in
+from fxamp.plan import Decision, Flow, PrecisionPlan, tensors_in
 
 __all__ = ["Report", "report_of"]
 
 COLUMNS: Final = ("name", "op", "module", "rule", "inputs", "runs in", "output", "casts", "why")
 _KEYS: Final = {"runs in": "runs_in", "why": "reason"}
+_LOOKING: Final = ("promote", "dtype if castable")
 _COUNTED: Final = ("lower", "fp32", "promote", "follow", "opaque")
 MAX_WIDTH: Final = 119
 # What is cut when the table is too wide, in this order, and how far.
@@ -47,7 +48,6 @@ class Report:
     mode: str
     nodes: tuple[dict[str, Any], ...]
     totals: dict[str, int]
-    unknown: int
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data; the schema is part of the public API."""
@@ -82,9 +82,12 @@ class Report:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{self.totals[rule]} {rule}" for rule in _COUNTED if self.totals[rule])
-        casts = f"{self.totals['casts']} ({self.totals['weight_casts']} of weights)"
+        soft = f", {self.totals['soft_casts']} soft" if self.totals["soft_casts"] else ""
+        casts = f"{self.totals['casts']} ({self.totals['weight_casts']} of weights{soft})"
+        unknown = self.totals["dtype_unknown"]
+        values = f"{unknown} of {unknown + self.totals['dtype_known']} values"
         title = f"{self.model}   policy {self.policy}/{self.device_type} {self.dtype}   mode {self.mode}"
-        totals = f"ops: {counts or 'none'}     casts: {casts}     dtype unknown: {self.unknown}"
+        totals = f"ops: {counts or 'none'}     casts: {casts}     dtype unknown: {values}"
         return f"{title}\n\n{self.table()}\n\n{totals}"
 
 
@@ -100,15 +103,20 @@ def report_of(model: str, plan: PrecisionPlan, graph: fx.Graph) -> Report:
     assert policy.device_type is not None
     assert policy.dtype is not None
     casts = Counter(node.meta["for"] for node in graph.nodes if "cast" in node.meta)
-    weights = sum(node.meta["cast"].weight for node in graph.nodes if "cast" in node.meta)
+    made = [node.meta["cast"] for node in graph.nodes if "cast" in node.meta]
+    weights = sum(cast.weight for cast in made)
     decisions = [decision for decision in plan if decision.op != "get_attr"]
     nodes = tuple(_row(decision, casts[decision.name]) for decision in decisions)
     rules = Counter(decision.rule for decision in decisions)
     total = sum(casts.values())
     totals = {"nodes": len(nodes), **{rule: rules[rule] for rule in _COUNTED}}
     totals.update(casts=total, weight_casts=weights, activation_casts=total - weights)
-    unknown = sum(_is_unknown(decision.output) for decision in decisions)
-    return Report(model, policy.name, policy.device_type, abbreviate(policy.dtype), plan.mode, nodes, totals, unknown)
+    # A call that looks at the dtypes it gets before it casts is as soft as a cast that does.
+    totals["soft_casts"] = sum(cast.soft for cast in made) + sum(decision.how in _LOOKING for decision in decisions)
+    flows = [decision.output for decision in decisions if tensors_in(decision.output)]
+    totals["dtype_unknown"] = sum(map(_is_unknown, flows))
+    totals["dtype_known"] = len(flows) - totals["dtype_unknown"]
+    return Report(model, policy.name, policy.device_type, abbreviate(policy.dtype), plan.mode, nodes, totals)
 
 
 def _row(decision: Decision, casts: int) -> dict[str, Any]:
@@ -136,7 +144,7 @@ def _dtypes(flows: Iterable[Flow]) -> str:
 
 
 def _is_unknown(flow: Flow) -> bool:
-    return flow != NOT_A_TENSOR and any(value.dtype is None for value in tensors_in(flow))
+    return any(value.dtype is None for value in tensors_in(flow))
 
 
 def _render(rows: list[list[Any]], columns: tuple[str, ...], tablefmt: str) -> str:

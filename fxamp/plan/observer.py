@@ -5,6 +5,7 @@ Runs each planned call on fake tensors: shapes and dtypes are those of a real ru
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,16 +78,9 @@ class FakeObserver:
     def _fake(self, value: Any) -> Any:
         return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
 
-    def _can_ask_autocast(self, decision: Decision) -> bool:
-        """Whether autocast of the device at hand answers for that of the rules."""
-        known = isinstance(decision.output, Value) and decision.output.dtype is not None
-        return known or self._device_type == "cpu" or torch.cuda.is_available()
-
     def _run(self, node: fx.Node, decision: Decision) -> Any:
         if node.target in MODE_CALLS:
             return None
-        if decision.how == "ambient" and not self._can_ask_autocast(decision):
-            return _MISSING
         if any(self._values.get(source, _MISSING) is _MISSING for source in node.all_input_nodes):
             return _MISSING
         casts = {cast.slot: cast.dtype for cast in decision.casts}
@@ -100,16 +94,28 @@ class FakeObserver:
 
         try:
             args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, argument)
-            with self._mode, torch.no_grad(), _autocast(decision, self._device_type), without_log():
-                if node.op == "call_module":
-                    return run_on_fakes(self._attribute(str(node.target)), args, kwargs, self._fake)
-                return _call(node, decision, args, kwargs)
+            # Without a GPU the autocast of one is asked all the same, by fake tensors that are said to be there.
+            away = decision.how == "ambient" and self._device_type == "cuda" and not torch.cuda.is_available()
+            with self._mode, torch.no_grad(), _autocast(decision, self._device_type), _quietly():
+                if away:
+                    args, kwargs = _moved((args, kwargs), "cuda")
+                result = self._called(node, decision, args, kwargs, "cuda" if away else "")
+                return _moved(result, "cpu") if away else result
         except _NOT_FAKEABLE:
             return _MISSING  # the rules tell what they can
         except Exception as error:
             if decision.how == "ambient" or not decision.aten or "data is not allocated" in str(error):
                 return _MISSING
             raise _does_not_fit(decision, error) from error
+
+    def _called(self, node: fx.Node, decision: Decision, args: Any, kwargs: Any, device: str) -> Any:
+        if node.op != "call_module":
+            return _call(node, decision, args, kwargs)
+
+        def fake(value: Any) -> Any:
+            return _moved(self._fake(value), device) if device else self._fake(value)
+
+        return run_on_fakes(self._attribute(str(node.target)), args, kwargs, fake)
 
 
 def _does_not_fit(decision: Decision, error: Exception) -> CaptureError:
@@ -134,12 +140,33 @@ def _call(node: fx.Node, decision: Decision, args: Any, kwargs: Any) -> Any:
 @contextmanager
 def _autocast(decision: Decision, device_type: str) -> Iterator[None]:
     """The autocast state a call runs under: off, but for what is left to autocast."""
-    if decision.how not in ("ambient", "promote") or decision.state is None:
+    state = decision.state
+    enabled = state is not None and decision.how in ("ambient", "promote") and state.enabled
+    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    torch.set_autocast_enabled(device_type, enabled)
+    torch.set_autocast_dtype(device_type, before[1] if state is None else state.dtype)
+    try:
         yield
-        return
-    device_type = device_type if torch.cuda.is_available() else "cpu"
-    with torch.autocast(device_type, decision.state.dtype, decision.state.enabled):
+    finally:
+        torch.set_autocast_enabled(device_type, before[0])
+        torch.set_autocast_dtype(device_type, before[1])
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    with without_log(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that cuDNN is not there, for one
         yield
+
+
+def _moved(value: Any, device: str) -> Any:
+    """Fake tensors said to be on another device; a build without GPUs refuses to move even these."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+    return pytree.tree_map_only(torch.Tensor, moved, value)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
