@@ -63,7 +63,8 @@ def report(device_type: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> fxa
 
 
 def test_the_table() -> None:
-    expected = textwrap.dedent("""\
+    expected = textwrap.dedent(
+        """\
         Model   policy autocast/cpu bf16   mode train
 
         name       op                module    rule     inputs     runs in    output      casts  why
@@ -83,7 +84,8 @@ def test_the_table() -> None:
         add        operator.add                follow   i64                   i64             0  input dtype
         output     output                               f32, i64                              0
 
-        ops: 2 lower, 1 fp32, 1 promote, 6 follow, 1 opaque     casts: 4 (2 of weights)     dtype unknown: 0 of 13 values""")
+        ops: 2 lower, 1 fp32, 1 promote, 6 follow, 1 opaque     casts: 4 (2 of weights)     dtype unknown: 0 of 13 values"""  # noqa: E501
+    )
     assert str(report()) == expected
 
 

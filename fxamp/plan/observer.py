@@ -21,7 +21,7 @@ from fxamp.capture.facts import run_on_fakes, without_log
 from fxamp.dtypes import is_castable
 from fxamp.errors import CaptureError
 from fxamp.plan.decision import Decision
-from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, Value, of_object
+from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, of_object
 
 __all__ = ["FakeObserver"]
 
