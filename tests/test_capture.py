@@ -402,7 +402,7 @@ class TestArguments:
         x, y = torch.randn(2, 4), torch.randn(2, 4)
         for example in ((x, y), ((x,), {"target": y}), ((x, y), {})):
             amp = fxamp.convert(model, F.mse_loss, example_inputs=example, dtype=torch.bfloat16)
-            assert amp.report().unknown == 0
+            assert amp.report().totals["dtype_unknown"] == 0
             assert amp(x, y)[0].dtype == torch.float32
 
     def test_example_inputs_tell_the_length_of_a_list(self) -> None:

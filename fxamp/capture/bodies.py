@@ -69,7 +69,8 @@ def _handles_nothing(*args: Any) -> bool:
 
 def gives_no_weights(module: nn.Module, args: Any, kwargs: Any) -> bool:
     """Whether attention is called so that it gives None beside its output; code may ask whether it does."""
-    if type(module).forward is not nn.MultiheadAttention.forward or has_hooks(module):
+    attends = isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+    if not attends or has_hooks(module):
         return False
     asked = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     return asked.get("need_weights", True) is False

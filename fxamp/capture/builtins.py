@@ -81,7 +81,8 @@ def known_kind(value: Any) -> type | None:
     if value.op in ("placeholder", "get_attr"):
         return torch.Tensor  # an input is taken to be a tensor, unless example inputs say more
     if value.target is getattr:
-        return _ATTRIBUTES.get(str(value.args[1]))
+        of_device = known_kind(value.args[0]) is torch.device
+        return (_OF_A_DEVICE if of_device else _ATTRIBUTES).get(str(value.args[1]))
     if value.op == "call_method" and value.target in _QUERIES:
         return torch.Size if value.target == "size" and len(value.args) == 1 and not value.kwargs else int
     if value.target is operator.getitem:
@@ -102,6 +103,7 @@ _ATTRIBUTES: Final[dict[str, type]] = {
     "mT": torch.Tensor,
     "data": torch.Tensor,
 }
+_OF_A_DEVICE: Final[dict[str, type]] = {"type": str, "index": int}
 _QUERIES: Final = ("size", "dim", "numel", "ndimension")
 
 

@@ -234,4 +234,4 @@ def _in_float32(value: Any) -> Any:
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.float() if is_castable(tensor.dtype) else tensor
 
-    return pytree.tree_map_only(torch.Tensor, cast, value)
+    return value if isinstance(value, torch.Size) else pytree.tree_map_only(torch.Tensor, cast, value)
