@@ -5,13 +5,14 @@ One table of short names, and the one test that decides whether a tensor may be 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import torch
 
 from fxamp.errors import PolicyError, describe
 
-__all__ = ["LOW_DTYPES", "abbreviate", "check_low_dtype", "is_castable"]
+__all__ = ["LOW_DTYPES", "abbreviate", "check_low_dtype", "is_castable", "promotable"]
 
 LOW_DTYPES: Final = (torch.float16, torch.bfloat16)
 
@@ -64,3 +65,16 @@ def check_low_dtype(dtype: torch.dtype) -> torch.dtype:
             hint="write dtype=torch.bfloat16, or policy='full' for a model without casts",
         )
     return dtype
+
+
+def promotable(dtypes: Iterable[torch.dtype | None], low: torch.dtype) -> bool:
+    """Whether autocast to ``low`` promotes these: float32 wins, and before it any other dtype but ``low`` is refused.
+
+    Source: ``prioritize`` of ATen/autocast_mode.h, which looks at the tensors of a call in order.
+    """
+    for dtype in dtypes:
+        if dtype == torch.float32:
+            return True
+        if dtype != low:
+            return False
+    return True

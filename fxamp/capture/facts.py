@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from fxamp.capture.arguments import map_leaves
 from fxamp.capture.calls import MODE_CALLS, has_hooks
 from fxamp.capture.clone import clone_tree
-from fxamp.capture.regions import AutocastState, state_of
+from fxamp.capture.regions import AutocastState, autocast_as, state_of
 from fxamp.dtypes import is_castable
 
 __all__ = ["UNTOLD", "Facts", "run_on_fakes", "without_log"]
@@ -33,6 +33,7 @@ _NO_SIZES: Final = frozenset(
     "dim ndimension ndim layout device dtype is_floating_point is_complex is_signed is_sparse is_quantized is_nested "
     "is_cuda is_cpu is_meta get_device itemsize element_size".split()
 )
+_OF_DTYPES: Final = frozenset("dtype is_floating_point is_complex is_signed itemsize element_size".split())
 _NOT_TOLD: Final = frozenset("is_contiguous data_ptr item tolist requires_grad is_leaf grad_fn grad names".split())
 
 
@@ -64,6 +65,7 @@ class Facts:
 
     Attributes:
         running: whether a call is being run right now.
+        told_dtypes: whether anything was told that follows from the dtypes of values.
     """
 
     def __init__(
@@ -77,12 +79,13 @@ class Facts:
         self._ambient = None if ambient is None else AutocastState(ambient[1], enabled=True)
         self._device_type = "cpu" if ambient is None else ambient[0]
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.running = False
+        self.running = self.told_dtypes = False
         self._examples = iter([self._fake(example) for example in examples])
         self._attribute = attribute
         self._tells_sizes = sizes
         self._values: dict[fx.Node, Any] = {}
         self._sized: set[fx.Node] = set()
+        self._typed: set[fx.Node] = set()
 
     def kind(self, node: fx.Node) -> type | None:
         """The type of a node's value, or None when it is not told."""
@@ -92,6 +95,7 @@ class Facts:
     def told(self, node: fx.Node, *, sizes: bool = False) -> Any:
         """The value of a node that holds no tensor, or ``UNTOLD``; ``sizes``: also one that follows from sizes."""
         value = self._value(node)
+        self.told_dtypes |= node in self._typed
         if (node in self._sized and not (sizes or self._tells_sizes)) or isinstance(
             value, torch.Tensor | _CastableDtype
         ):
@@ -115,6 +119,8 @@ class Facts:
                 self._values[each] = self._found(each)
             if self._is_sized(each):
                 self._sized.add(each)
+            if self._is_typed(each):
+                self._typed.add(each)
         return self._values[node]
 
     @contextmanager
@@ -180,6 +186,13 @@ class Facts:
             return of_tensors
         return (of_tensors and name not in _NO_SIZES) or any(source in self._sized for source in node.all_input_nodes)
 
+    def _is_typed(self, node: fx.Node) -> bool:
+        """Whether a value is no tensor and follows from the dtypes of some."""
+        if isinstance(self._values[node], torch.Tensor):
+            return False
+        name = str(node.args[1]) if node.target is getattr else getattr(node.target, "__name__", node.target)
+        return name in _OF_DTYPES or any(source in self._typed for source in node.all_input_nodes)
+
     def _fake(self, value: Any) -> Any:
         return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
 
@@ -209,19 +222,11 @@ def without_log() -> Iterator[None]:
         logger.disabled = before
 
 
-@contextmanager
-def _autocast(node: fx.Node, device_type: str, ambient: AutocastState | None) -> Iterator[None]:
+def _autocast(node: fx.Node, device_type: str, ambient: AutocastState | None) -> AbstractContextManager[None]:
     """The autocast state that a call is made in."""
-    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    off = AutocastState(before[1], enabled=False)
+    off = AutocastState(torch._C.get_autocast_dtype(device_type), enabled=False)
     state = state_of(node.meta.get("regions", ()), device_type, ambient or off)
-    torch.set_autocast_enabled(device_type, state.enabled)
-    torch.set_autocast_dtype(device_type, state.dtype)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(device_type, before[0])
-        torch.set_autocast_dtype(device_type, before[1])
+    return autocast_as(device_type, state.dtype, enabled=state.enabled)
 
 
 def _as_it_is(value: Any) -> Any:

@@ -29,6 +29,7 @@ from fxamp.capture.failures import capture_error, name_of
 from fxamp.capture.patches import python_state
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.capture.surroundings import (
+    Ambient,
     autocast_answers,
     caches_emptied,
     changed_modules,
@@ -53,20 +54,19 @@ class Traced:
         layout: which arguments its placeholders stand for.
         untraceable: module path to why it stayed a call.
         modes: path and ``training`` flag of every module whose flag was read.
-        device_type: whose rules it was traced for, when that made a difference; else "".
+        ambient: device type and dtype of the autocast that it was traced for (None: of none), in a tuple; empty when
+            that made no difference.
     """
 
     graph: fx.Graph
     layout: Layout
     untraceable: Mapping[str, str] = field(default_factory=dict)
     modes: Mapping[str, bool] = field(default_factory=dict)
-    device_type: str = ""
+    ambient: tuple[()] | tuple[Ambient] = ()
 
-    def serves(self, flags: Mapping[str, bool], device_type: str | None) -> bool:
-        """Whether it is also the graph for modules in these modes, under the rules of this device."""
-        return self.device_type in ("", device_type) and all(
-            flags.get(path) == flag for path, flag in self.modes.items()
-        )
+    def serves(self, flags: Mapping[str, bool], ambient: Ambient) -> bool:
+        """Whether it is also the graph for modules in these modes, under this autocast."""
+        return self.ambient in ((), (ambient,)) and all(flags.get(path) == flag for path, flag in self.modes.items())
 
 
 class Program:
@@ -155,7 +155,7 @@ class Program:
         self,
         layout: Layout,
         training: Mapping[str, bool],
-        ambient: tuple[str, torch.dtype] | None = None,
+        ambient: Ambient = None,
         examples: list[Any] | None = None,
     ) -> Traced:
         """The graph of one call.
@@ -181,7 +181,7 @@ class Program:
         self,
         layout: Layout,
         training: Mapping[str, bool],
-        ambient: tuple[str, torch.dtype] | None,
+        ambient: Ambient,
         facts: Callable[[], Facts | None],
     ) -> Traced:
         untraceable: dict[str, str] = {}
@@ -207,7 +207,7 @@ class Program:
         self,
         layout: Layout,
         training: Mapping[str, bool],
-        ambient: tuple[str, torch.dtype] | None,
+        ambient: Ambient,
         facts: Facts | None,
         untraceable: Mapping[str, str],
         numbers: bool,
@@ -225,7 +225,7 @@ class Program:
             entry.model = tracer.call_whole
         state = {path: python_state(module) for path, module in modules.items()}
         drawn = torch.get_rng_state()
-        with modes(modules, training), autocast_answers(ambient), caches_emptied(modules.values()):
+        with modes(modules, training), autocast_answers(ambient) as asked, caches_emptied(modules.values()):
             try:
                 graph = tracer.run(entry.names(), numbers=numbers)
                 if purged(modules.values()):
@@ -236,8 +236,8 @@ class Program:
                 raise capture_error(self.name, error) from error
             finally:
                 torch.set_rng_state(drawn)
-        composed = device_type if device_type is not None and tracer.composed else ""
-        return Traced(graph, layout, tracer.untraceable, tracer.mode_readers, composed), changed
+        matters = tracer.composed or bool(asked) or (facts is not None and facts.told_dtypes)
+        return Traced(graph, layout, tracer.untraceable, tracer.mode_readers, (ambient,) if matters else ()), changed
 
 
 def _paths(root: nn.Module, loss: nn.Module | None, loss_path: str) -> dict[str, nn.Module]:

@@ -20,6 +20,7 @@ from fxamp.capture.calls import unsorted_indices
 __all__ = ["AmpAttribute", "AmpParameterProxy", "AmpProxy", "SettlingProxy"]
 
 _OWN = frozenset({"tracer", "node", "root", "attr", "_node", "_tensor"})
+_REFLECTED = "radd rsub rmul rtruediv rfloordiv rmod rpow rmatmul rand ror rxor".split()
 _INPLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
 
 
@@ -65,8 +66,21 @@ def _record_inplace(name: str) -> Any:
     return method
 
 
+def _record_reflected(name: str) -> Any:
+    plain = getattr(fx.Proxy, name)
+
+    def method(self: Any, other: Any) -> Any:
+        if isinstance(other, fx.Proxy | torch.Tensor):  # called by its name: what a tensor does, it does from its side
+            return self.tracer.create_proxy("call_method", name, (self, other), {})
+        return plain(self, other)
+
+    return method
+
+
 for _name in _INPLACE:
     setattr(_Recorded, f"__{_name}__", _record_inplace(_name))
+for _name in _REFLECTED:
+    setattr(_Recorded, f"__{_name}__", _record_reflected(f"__{_name}__"))
 
 
 class AmpProxy(_Recorded):

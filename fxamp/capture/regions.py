@@ -17,7 +17,7 @@ import torch
 
 from fxamp.capture.calls import enter_inference_mode, exit_inference_mode
 
-__all__ = ["AutocastState", "Region", "RegionRecorder", "state_of"]
+__all__ = ["AutocastState", "Region", "RegionRecorder", "autocast_as", "state_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,20 @@ def state_of(regions: tuple[Region, ...], device_type: str, ambient: AutocastSta
             state = AutocastState(state.dtype, state.enabled, region.cache_enabled)
     epoch = regions[0].index if regions and not ambient.enabled else -1
     return AutocastState(state.dtype, state.enabled, state.cache_enabled, epoch)
+
+
+@contextmanager
+def autocast_as(device_type: str, dtype: torch.dtype, *, enabled: bool) -> Iterator[None]:
+    """The thread's autocast state as given until the block ends; torch.autocast would refuse "cuda" without a GPU."""
+    # Not by the names that a model would use: whether it asks is noted while it is traced.
+    before = torch._C.is_autocast_enabled(device_type), torch._C.get_autocast_dtype(device_type)
+    torch.set_autocast_enabled(device_type, enabled)
+    torch.set_autocast_dtype(device_type, dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, before[0])
+        torch.set_autocast_dtype(device_type, before[1])
 
 
 class RegionRecorder:

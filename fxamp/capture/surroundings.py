@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, Final, TypeAlias
+from unittest import mock
 
 import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from fxamp.capture.patches import python_state
+from fxamp.capture.regions import autocast_as
 
-__all__ = ["autocast_answers", "caches_emptied", "changed_modules", "check_root", "modes", "purged"]
+__all__ = ["Ambient", "autocast_answers", "caches_emptied", "changed_modules", "check_root", "modes", "purged"]
+
+Ambient: TypeAlias = tuple[str, torch.dtype] | None
+
+_QUESTIONS: Final = tuple(
+    name
+    for name in (
+        "is_autocast_enabled",
+        "get_autocast_dtype",
+        "is_autocast_cpu_enabled",
+        "get_autocast_cpu_dtype",
+        "get_autocast_gpu_dtype",
+    )
+    if hasattr(torch, name)
+)
 
 
 @contextmanager
@@ -31,20 +47,30 @@ def modes(modules: Mapping[str, nn.Module], training: Mapping[str, bool]) -> Ite
 
 
 @contextmanager
-def autocast_answers(ambient: tuple[str, torch.dtype] | None) -> Iterator[None]:
-    """Autocast switched on for whoever asks; torch.autocast itself would refuse "cuda" without a GPU."""
-    if ambient is None:
-        yield
-        return
-    device_type, dtype = ambient
-    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    torch.set_autocast_enabled(device_type, True)
-    torch.set_autocast_dtype(device_type, dtype)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(device_type, before[0])
-        torch.set_autocast_dtype(device_type, before[1])
+def autocast_answers(ambient: Ambient) -> Iterator[set[str]]:
+    """Autocast switched on for whoever asks.
+
+    Args:
+        ambient: device type and dtype of the autocast that a model is traced for, or None.
+
+    Yields:
+        The questions that were asked: what is traced then is right for this autocast only.
+    """
+    asked: set[str] = set()
+
+    def noting(name: str) -> Callable[..., Any]:
+        question = getattr(torch, name)
+
+        def answer(*args: Any) -> Any:
+            asked.add(name)
+            return question(*args)
+
+        return answer
+
+    answers: dict[str, Any] = {name: noting(name) for name in _QUESTIONS}
+    switched_on = nullcontext() if ambient is None else autocast_as(*ambient, enabled=True)
+    with switched_on, mock.patch.multiple(torch, **answers):
+        yield asked
 
 
 def changed_modules(modules: Mapping[str, nn.Module], before: Mapping[str, Any]) -> dict[str, str]:

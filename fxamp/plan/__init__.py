@@ -1,6 +1,6 @@
 """Graph and policy to a ``PrecisionPlan``; nothing here changes a graph."""
 
-from fxamp.plan.calls import Call, argument_nodes, nodes_in, read_call
+from fxamp.plan.calls import Call, argument_keys, argument_nodes, nodes_in, read_call
 from fxamp.plan.decision import Cast, Decision, PrecisionPlan
 from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, Tensors, Value, of_object, tensors_in
 from fxamp.plan.planner import Observer, make_plan
@@ -16,6 +16,7 @@ __all__ = [
     "PrecisionPlan",
     "Tensors",
     "Value",
+    "argument_keys",
     "argument_nodes",
     "make_plan",
     "nodes_in",

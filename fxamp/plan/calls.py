@@ -20,7 +20,7 @@ from torch.fx.node import _get_qualified_name
 from fxamp.capture.calls import MODE_CALLS, has_hooks
 from fxamp.policy.spellings import aten_name
 
-__all__ = ["Call", "argument_nodes", "nodes_in", "read_call"]
+__all__ = ["Call", "argument_keys", "argument_nodes", "nodes_in", "read_call"]
 
 # Leaf modules that run one operator, which autocast leaves alone.
 _LEAF_OPERATORS: Final = (
@@ -94,6 +94,12 @@ def nodes_in(argument: Any) -> list[fx.Node]:
 def argument_nodes(node: fx.Node) -> list[fx.Node]:
     """Every node argument of a call in order, one entry a use; a *slot* is a place in this list."""
     return nodes_in((node.args, node.kwargs))
+
+
+def argument_keys(node: fx.Node) -> list[int | str]:
+    """For each slot of a call the place or the name of the argument that it is in."""
+    arguments: tuple[tuple[int | str, Any], ...] = (*enumerate(node.args), *node.kwargs.items())
+    return [key for key, argument in arguments for _ in nodes_in(argument)]
 
 
 def read_call(node: fx.Node, module_of: Callable[[str], Any]) -> Call:

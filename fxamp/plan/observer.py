@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxamp.capture.arguments import map_leaves
 from fxamp.capture.calls import MODE_CALLS
 from fxamp.capture.facts import run_on_fakes, without_log
+from fxamp.capture.regions import autocast_as
 from fxamp.dtypes import is_castable
 from fxamp.errors import CaptureError
 from fxamp.plan.decision import Decision
@@ -142,14 +143,11 @@ def _autocast(decision: Decision, device_type: str) -> Iterator[None]:
     """The autocast state a call runs under: off, but for what is left to autocast."""
     state = decision.state
     enabled = state is not None and decision.how in ("ambient", "promote") and state.enabled
-    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    torch.set_autocast_enabled(device_type, enabled)
-    torch.set_autocast_dtype(device_type, before[1] if state is None else state.dtype)
+    dtype = torch.get_autocast_dtype(device_type) if state is None else state.dtype
     try:
-        yield
+        with autocast_as(device_type, dtype, enabled=enabled):
+            yield
     finally:
-        torch.set_autocast_enabled(device_type, before[0])
-        torch.set_autocast_dtype(device_type, before[1])
         torch.clear_autocast_cache()
 
 

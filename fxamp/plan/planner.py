@@ -7,7 +7,7 @@ from ``rules``, what is shared from ``sharing``, what it gives back from ``resul
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import BuiltinFunctionType
 from typing import Any, Final, Protocol
@@ -16,14 +16,15 @@ import torch
 from torch import fx, nn
 
 from fxamp.capture import AutocastState, state_of
-from fxamp.dtypes import is_castable
-from fxamp.plan.calls import Call, argument_nodes, read_call
+from fxamp.dtypes import is_castable, promotable
+from fxamp.plan.calls import Call, argument_keys, argument_nodes, read_call
 from fxamp.plan.decision import Cast, Decision, PrecisionPlan
 from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, Value, of_object, promoted, tensors_in
 from fxamp.plan.results import result_of
-from fxamp.plan.rules import Rules, banned
+from fxamp.plan.rules import Rules, banned, unexpected
 from fxamp.plan.sharing import Sharing
 from fxamp.policy import Policy, Ruling
+from fxamp.policy.operators import optional_tensors
 
 __all__ = ["Observer", "make_plan"]
 
@@ -155,14 +156,14 @@ class _Planner:
         return replace(decision, runs_in=output.dtype if isinstance(output, Value) else None, output=output)
 
     def _through_casts(self, node: fx.Node, call: Call, decision: Decision) -> Decision:
-        target, how = self._target(decision)
+        target, how = self._target(node, decision)
         casts = self._casts(node, target, decision) if target is not None else ()
         cast_inputs = _after(decision.inputs, casts)
         output = self._result(node, call, decision.inputs, cast_inputs)
         runs_in = _computes_in(target, cast_inputs, output)
         return replace(decision, casts=casts, how=how, runs_in=runs_in, output=output)
 
-    def _target(self, decision: Decision) -> tuple[torch.dtype | None, str]:
+    def _target(self, node: fx.Node, decision: Decision) -> tuple[torch.dtype | None, str]:
         """The dtype that all tensor inputs are cast to, or None for no casts, and how to call."""
         assert decision.state is not None
         low = decision.state.dtype
@@ -170,14 +171,15 @@ class _Planner:
             return low, "call"
         if decision.rule == "fp32":
             return torch.float32, "call"
-        values = (value.dtype for value in tensors_in(decision.inputs))
-        dtypes = {dtype for dtype in values if dtype is None or is_castable(dtype)}
         promotes = decision.rule == "promote"
-        if not promotes and not (len(dtypes) > 1 and self._rules.may_meet(decision)):
+        dtypes = _eligible(node, decision) if promotes else _castable(tensors_in(decision.inputs))
+        if not promotes and not (len(set(dtypes)) > 1 and self._rules.may_meet(decision)):
             return None, "call"
+        if promotes and decision.reason == "op table" and None not in dtypes and not promotable(dtypes, low):
+            raise unexpected(decision, dtypes)
         if torch.float32 in dtypes and (promotes or None not in dtypes):
             return torch.float32, "call"
-        return (low, "call") if dtypes <= {low} else (None, "promote")
+        return (low, "call") if set(dtypes) <= {low} else (None, "promote")
 
     def _casts(self, node: fx.Node, target: torch.dtype, decision: Decision, *, share: bool = True) -> tuple[Cast, ...]:
         assert decision.state is not None
@@ -192,6 +194,17 @@ class _Planner:
 
     def _result(self, node: fx.Node, call: Call, inputs: tuple[Flow, ...], cast_inputs: tuple[Value, ...]) -> Flow:
         return result_of(node, call.aten, inputs, cast_inputs, self._flows.__getitem__)
+
+
+def _eligible(node: fx.Node, decision: Decision) -> list[torch.dtype | None]:
+    """The dtypes that ``promote`` looks at: not those of arguments that may be None."""
+    optional = optional_tensors(decision.aten)
+    flows = zip(argument_keys(node), decision.inputs, strict=True)
+    return _castable(value for key, flow in flows if key not in optional for value in tensors_in(flow))
+
+
+def _castable(values: Iterable[Value]) -> list[torch.dtype | None]:
+    return [value.dtype for value in values if value.dtype is None or is_castable(value.dtype)]
 
 
 def _after(inputs: tuple[Flow, ...], casts: tuple[Cast, ...]) -> tuple[Value, ...]:

@@ -7,9 +7,10 @@ override of the operator; the operator table; ``follow`` for an operator that au
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
+import torch
 from torch import fx
 
 from fxamp.capture import AutocastState
@@ -20,7 +21,7 @@ from fxamp.plan.results import USER_CASTS
 from fxamp.policy import Policy, Ruling
 from fxamp.policy.operators import operator_rules, transparent
 
-__all__ = ["Rules", "banned"]
+__all__ = ["Rules", "banned", "unexpected"]
 
 # The user's own casts and the parts of a value are what they are, whatever the module's override.
 _EXEMPT: Final = frozenset({"getitem", "getattr", "alias", *USER_CASTS})
@@ -70,13 +71,26 @@ class Rules:
 
 def banned(decision: Decision) -> PlanError:
     """The error for an operator that autocast refuses to run."""
-    where = f" in module '{decision.module}'" if decision.module else ""
     dtype = decision.state.dtype if decision.state is not None else "a low dtype"
     return PlanError(
-        f"{decision.op} (node '{decision.name}'{where}, {decision.source}) is refused by torch.autocast: its "
-        f"result in {dtype} would not be safe",
+        f"{_named(decision)} is refused by torch.autocast: its result in {dtype} would not be safe",
         hint="use torch.nn.functional.binary_cross_entropy_with_logits, which takes the value before sigmoid",
     )
+
+
+def unexpected(decision: Decision, dtypes: Iterable[torch.dtype | None]) -> PlanError:
+    """The error for floating dtypes that autocast refuses to promote."""
+    found = ", ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    low = decision.state.dtype if decision.state is not None else None
+    return PlanError(
+        f"{_named(decision)} is refused by torch.autocast: it gets {found}, expected {low} and float32 only",
+        hint="cast what is in another 16-bit dtype with .float() before it",
+    )
+
+
+def _named(decision: Decision) -> str:
+    where = f" in module '{decision.module}'" if decision.module else ""
+    return f"{decision.op} (node '{decision.name}'{where}, {decision.source})"
 
 
 def _why_opaque(node: fx.Node, call: Call) -> str:

@@ -357,6 +357,7 @@ _unsafe_masked_index_put_accumulate -       same
 _weight_norm_interface              -       -
 affine_grid_generator               -       -
 convolution                         listed  -
+isin                                same    -
 ldexp                               -       same
 ldexp_                              -       same
 linalg_lstsq                        -       listed

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -140,6 +140,31 @@ def transparent(aten: str, device_type: str) -> bool:
 def explicit(aten: str, device_type: str) -> bool:
     """Whether what autocast does with an operator is known: by a rule of its own, or because it does nothing."""
     return aten in operator_rules(device_type) or transparent(aten, device_type)
+
+
+@functools.cache
+def argument_places(aten: str) -> Mapping[str, int]:
+    """The place of each argument of an operator, by name; the first of its overloads that has the name decides."""
+    places: dict[str, int] = {}
+    for schema in _schemas(aten):
+        for place, argument in enumerate(schema.arguments):
+            places.setdefault(argument.name, place)
+    return MappingProxyType(places)
+
+
+@functools.cache
+def optional_tensors(aten: str) -> frozenset[int | str]:
+    """The places and names of arguments that may be a tensor or None; autocast's ``promote`` does not look at these."""
+    found: set[int | str] = set()
+    for schema in _schemas(aten):
+        optional = [i for i, argument in enumerate(schema.arguments) if str(argument.type) == "Optional[Tensor]"]
+        found.update(optional, (schema.arguments[i].name for i in optional))
+    return frozenset(found)
+
+
+def _schemas(aten: str) -> list[Any]:
+    packet = getattr(torch.ops.aten, aten, None) if aten else None
+    return [] if packet is None else [getattr(packet, name)._schema for name in packet.overloads()]
 
 
 def is_aten(packet: str) -> bool:

@@ -7,14 +7,15 @@ carried out as written.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxamp.dtypes import abbreviate
-from fxamp.plan import Cast, Decision, PrecisionPlan, argument_nodes, nodes_in
+from fxamp.plan import Cast, Decision, PrecisionPlan, argument_keys, argument_nodes
+from fxamp.policy.operators import argument_places, optional_tensors
 from fxamp.policy.order import casts_last_argument_first
 from fxamp.runtime.casts import AmbientCall, DtypeCall, PromoteCall, cast_weight, leaf_cast, soft_cast
 
@@ -49,7 +50,10 @@ class _Inserter:
         decision = self._decisions[node.name]
         casts = {cast.slot: cast for cast in decision.casts}
         sources = argument_nodes(node)
-        low = {slot: self._cast(new[sources[slot]], casts[slot], decision) for slot in _cast_order(node, casts)}
+        low = {
+            slot: self._cast(new[sources[slot]], casts[slot], decision)
+            for slot in _cast_order(node, decision.aten, casts)
+        }
         slots = itertools.count()
 
         def argument(source: fx.Node) -> fx.Node:
@@ -93,12 +97,12 @@ class _Inserter:
         return node
 
 
-def _cast_order(node: fx.Node, casts: Mapping[int, Cast]) -> Iterator[int]:
+def _cast_order(node: fx.Node, aten: str, casts: Mapping[int, Cast]) -> list[int]:
     """The slots to cast in autocast's order: arguments as the torch build evaluates them, lists from the front."""
-    slots = itertools.count()
-    arguments = [[next(slots) for _ in nodes_in(a)] for a in (*node.args, *node.kwargs.values())]
-    for argument in reversed(arguments) if casts_last_argument_first() else arguments:
-        yield from (slot for slot in argument if slot in casts)
+    places = argument_places(aten)
+    keys = [places.get(key, len(places)) if isinstance(key, str) else key for key in argument_keys(node)]
+    turn = -1 if casts_last_argument_first() else 1
+    return sorted(casts, key=lambda slot: (turn * keys[slot], slot))
 
 
 def _called(
@@ -117,7 +121,12 @@ def _called(
         return "call_function", DtypeCall(call), args, kwargs
     if decision.how == "promote":
         assert decision.state is not None
-        return "call_function", PromoteCall(call, decision.state.dtype), args, kwargs
+        return (
+            "call_function",
+            PromoteCall(call, decision.state.dtype, optional_tensors(decision.aten), decision.reason == "op table"),
+            args,
+            kwargs,
+        )
     if decision.how == "ambient":
         assert decision.state is not None
         if node.op == "call_module":

@@ -6,15 +6,19 @@ dtype first, weight casts that can be held across forwards, and calls that autoc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils import _pytree as pytree
 
 from fxamp.capture import AutocastState
 from fxamp.capture.packing import pack_callable, unpack_callable
+from fxamp.dtypes import promotable
+from fxamp.policy.order import casts_last_argument_first
 
 __all__ = [
     "HELD",
@@ -140,23 +144,33 @@ class AmbientCall(_Packed):
 
 @dataclass(frozen=True)
 class PromoteCall(_Packed):
-    """A call whose tensor arguments become the widest dtype among them, at least ``low``."""
+    """A call whose tensor arguments become the widest dtype among them, at least ``low``.
+
+    Attributes:
+        optional: places and names of arguments that do not count, as autocast has it.
+        strict: refuse what autocast refuses: a floating dtype that is neither ``low`` nor float32.
+    """
 
     call: Callable[..., Any] | str
     low: torch.dtype
+    optional: frozenset[int | str] = frozenset()
+    strict: bool = False
 
     @property
     def __name__(self) -> str:
         return f"promote_{_call_name(self.call)}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        widest = self.low
-        for leaf in leaves:
-            if isinstance(leaf, torch.Tensor) and _castable(leaf):
-                widest = torch.promote_types(widest, leaf.dtype)
-        cast = torch.utils._pytree.tree_map(lambda leaf: soft_cast(leaf, widest), (args, kwargs))
-        return _apply(self.call, *cast)
+        given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
+        counted = [value for key, value in given.items() if key not in self.optional]
+        tensors = (leaf for leaf in pytree.tree_leaves(counted) if isinstance(leaf, torch.Tensor))
+        dtypes = [tensor.dtype for tensor in tensors if _castable(tensor)]
+        if self.strict and not promotable(dtypes, self.low):
+            raise RuntimeError(f"{self.__name__}: unexpected floating dtypes {dtypes} under autocast to {self.low}")
+        widest = functools.reduce(torch.promote_types, dtypes, self.low)
+        order = reversed(given) if casts_last_argument_first() else iter(given)
+        cast = {key: pytree.tree_map(lambda leaf: soft_cast(leaf, widest), given[key]) for key in order}
+        return _apply(self.call, tuple(cast[i] for i in range(len(args))), {key: cast[key] for key in kwargs})
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Conversion:
         self.dtypes = _dtypes(self.program.whole)
         known, self.traced = self.traced, []
         for mode, traced in known:
-            if traced.serves(traced.modes, self.policy.device_type):
+            if traced.serves(traced.modes, _ambient(self.policy)):
                 self.traced.append((mode, traced))
             else:
                 self._trace(mode, traced.layout)
@@ -142,7 +142,7 @@ class Conversion:
     def _trace(self, mode: str, layout: Layout, examples: list[Any] | None = None) -> Traced:
         flags = self.program.flags(mode)
         for _, known in self.traced:
-            if known.layout == layout and known.serves(flags, self.policy.device_type):
+            if known.layout == layout and known.serves(flags, _ambient(self.policy)):
                 break
         else:
             if layout == self.layout:
