@@ -1,43 +1,71 @@
 """May a value have been written to since it was cast?
 
-Each value has the set of values it may be a view of. A write to one counts for all of these, so two
-casts may share their result only when no write lies between them.
+Each value sees a set of places in memory: its own, and that of everything it may be a view of. A write marks places,
+and two casts may share their result only when none of the places that their value sees was marked in between.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Final
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-__all__ = ["Writes"]
+from fxamp.plan.calls import nodes_in
+
+__all__ = ["Writes", "storage_of"]
+
+# Two inputs may be one tensor, and an input may be a parameter or buffer of the model.
+_INPUTS: Final = "inputs"
+_ATTRIBUTES: Final = "attributes"
+_GROUPS: Final = frozenset({_INPUTS, _ATTRIBUTES})
+
+
+def storage_of(tensor: Tensor) -> object:
+    """What tensors that share their memory have in common."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
 class Writes:
-    """Counts the writes to each value while a graph is read from its start."""
+    """Counts the writes to each place while a graph is read from its start."""
 
     def __init__(self) -> None:
-        self._bases: dict[fx.Node, frozenset[fx.Node]] = {}
-        self._count: dict[fx.Node, int] = {}
+        self._seen: dict[fx.Node, frozenset[object]] = {}
+        self._marked: dict[fx.Node, frozenset[object]] = {}
+        self._count: Counter[object] = Counter()
 
-    def define(self, node: fx.Node, *, fresh: bool) -> None:
-        """A value comes to be. ``fresh``: it is sure to share no memory with its inputs."""
-        bases = {node}
-        if not fresh:
-            for source in node.all_input_nodes:
-                bases |= self.bases(source)
-        self._bases[node] = frozenset(bases)
+    def define(self, node: fx.Node, *, fresh: bool, storage: object = None) -> None:
+        """A value comes to be.
+
+        Args:
+            node: the value.
+            fresh: it is sure to share no memory with its inputs.
+            storage: of a parameter or buffer, as ``storage_of`` tells it.
+        """
+        sources = () if fresh else node.all_input_nodes
+        seen, marked = self._own(node, storage)
+        self._seen[node] = frozenset(seen).union(*(self._seen.get(source, ()) for source in sources))
+        self._marked[node] = frozenset(marked).union(*(self._marked.get(source, ()) for source in sources))
+
+    def _own(self, node: fx.Node, storage: object) -> tuple[set[object], set[object]]:
+        if node.op == "placeholder":
+            return {node, _INPUTS, _ATTRIBUTES}, {node, _INPUTS}
+        if storage is not None:
+            return {storage, _INPUTS}, {storage, _ATTRIBUTES}
+        return {node}, {node}
 
     def write(self, target: Any) -> None:
-        """The value, and with it whatever it may be a view of, is written to."""
-        if isinstance(target, fx.Node):
-            for base in self.bases(target):
-                self._count[base] = self._count.get(base, 0) + 1
+        """Every value in a nested argument is written to, and with it whatever it may be a view of."""
+        for node in nodes_in(target):
+            self._count.update(self._marked.get(node, (node,)))
 
-    def bases(self, node: fx.Node) -> frozenset[fx.Node]:
-        """The value itself and all values that it may be a view of, or be."""
-        return self._bases.get(node, frozenset({node}))
+    def touch(self, storages: Iterable[object]) -> None:
+        """A module writes to its own tensors."""
+        self._count.update(storages)
 
-    def version(self, node: fx.Node) -> int:
-        """Grows with every write that the value may see."""
-        return sum(self._count.get(base, 0) for base in self.bases(node))
+    def version(self, node: fx.Node, *, guessed: bool = True) -> int:
+        """Grows with every write that the value may see; ``guessed``: also where it might be another input's memory."""
+        places = self._seen.get(node, frozenset({node}))
+        return sum(self._count[place] for place in (places if guessed else places - _GROUPS))

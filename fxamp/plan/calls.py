@@ -19,6 +19,7 @@ from torch.fx.node import _get_qualified_name
 
 from fxamp.capture.calls import MODE_CALLS, has_hooks
 from fxamp.policy.spellings import aten_name
+from fxamp.policy.writes import writes_of
 
 __all__ = ["Call", "argument_keys", "argument_nodes", "nodes_in", "read_call"]
 
@@ -69,7 +70,7 @@ class Call:
         op: its name in the user's words.
         aten: the ATen operator it reaches, without a trailing ``_``; "" when none is known.
         steering: it computes nothing with tensors.
-        writes: the values it writes to.
+        writes: the values it writes to, or may write to.
     """
 
     op: str
@@ -105,7 +106,7 @@ def argument_keys(node: fx.Node) -> list[int | str]:
 def read_call(node: fx.Node, module_of: Callable[[str], Any]) -> Call:
     """What a call_function, call_method or call_module node does."""
     if node.op == "call_module":
-        return _module_call(module_of(str(node.target)))
+        return _module_call(node, module_of(str(node.target)))
     op = _spelled(node)
     if node.target in _STEERING if node.op == "call_function" else node.target in _QUERIES:
         return Call(op, steering=True)
@@ -118,24 +119,28 @@ def read_call(node: fx.Node, module_of: Callable[[str], Any]) -> Call:
         return Call(op, "getitem")
     if node.target is operator.setitem or node.target == "__setitem__":
         return Call(op, "index_put", inplace=True, writes=(node.args[0],))
-    found = aten_name(node.op, node.target, node.args, node.kwargs)
+    found = aten_name(node.op, node.target, node.args, node.kwargs) or ""
+    writes = writes_of(node.target, node.args, node.kwargs)
     if node.kwargs.get("out") is not None:
-        return Call(op, found or "", inplace=True, writes=(node.kwargs["out"],))
-    if found is None:
-        return Call(op)
-    if _is_inplace(found) or node.kwargs.get("inplace") is True:
-        target = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-        return Call(op, found.removesuffix("_"), inplace=True, writes=(target,))
-    return Call(op, found)
+        return Call(op, found, inplace=True, writes=writes)
+    if _is_inplace(found) or (found and node.kwargs.get("inplace") is True):
+        return Call(op, found.removesuffix("_"), inplace=True, writes=(*writes, _first(node)))
+    # What cannot be seen into may write to whatever it gets.
+    return Call(op, found, writes=writes if found else (node.args, node.kwargs))
 
 
-def _module_call(module: nn.Module) -> Call:
+def _first(node: fx.Node) -> Any:
+    return node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+
+
+def _module_call(node: fx.Node, module: nn.Module) -> Call:
     op = f"nn.{type(module).__name__}" if type(module).__module__.startswith("torch.nn") else type(module).__name__
     if not has_hooks(module):
         for kind, aten in _LEAF_OPERATORS:
             if isinstance(module, kind) and type(module).__module__.startswith("torch.nn."):
-                return Call(op, aten)
-    return Call(op)
+                inplace = getattr(module, "inplace", False) is True
+                return Call(op, aten, inplace=inplace, writes=(_first(node),) if inplace else ())
+    return Call(op, writes=(node.args, node.kwargs))
 
 
 def _is_inplace(aten: str) -> bool:

@@ -33,6 +33,7 @@ class Cast:
         leaf_only: look up at run time whether the same leaf of autograd was cast, as autocast's cache does.
         weight: the value is a parameter.
         epoch: which outermost autocast region it is in; nothing is shared between two.
+        version: grows with every write that the value may have seen; nothing is shared between two.
     """
 
     slot: int
@@ -43,6 +44,7 @@ class Cast:
     leaf_only: bool = False
     weight: bool = False
     epoch: int = -1
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,9 +93,11 @@ def outcome(kind: Any, inputs: tuple[Value, ...]) -> Flow:
     """What an operator gives back.
 
     Args:
-        kind: as ``fxamp.policy.flow.output_kind`` says.
+        kind: as ``fxamp.policy.flow.output_kind`` says; a kind speaks of real tensors.
         inputs: the tensors it is given, after any casts.
     """
+    if any(value.dtype is not None and value.dtype.is_complex for value in inputs):
+        kind = tuple(None for _ in kind) if isinstance(kind, tuple) else None
     if isinstance(kind, tuple):
         return tuple(outcome(item, inputs) for item in kind)
     if kind == "first":

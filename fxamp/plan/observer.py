@@ -23,6 +23,7 @@ from fxamp.dtypes import is_castable
 from fxamp.errors import CaptureError
 from fxamp.plan.decision import Decision
 from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, of_object
+from fxamp.policy.composites import UNDER_AUTOCAST
 
 __all__ = ["FakeObserver"]
 
@@ -71,6 +72,10 @@ class FakeObserver:
         flow = of_object(value)
         return None if flow == UNKNOWN or (flow == NOT_A_TENSOR and isinstance(value, dict)) else flow
 
+    def forget(self, node: fx.Node) -> None:
+        """The value of a node is not to be told, nor what follows from it."""
+        self._values[node] = _MISSING
+
     def shape(self, node: fx.Node) -> tuple[int, ...] | None:
         """The shape of a node's value, when it is one tensor and known."""
         value = self._values.get(node)
@@ -84,6 +89,8 @@ class FakeObserver:
             return None
         if any(self._values.get(source, _MISSING) is _MISSING for source in node.all_input_nodes):
             return _MISSING
+        if decision.how == "ambient" and decision.aten in UNDER_AUTOCAST[self._device_type]:
+            return _MISSING  # its fake kernel is another one, in which autocast has nothing to do
         casts = {cast.slot: cast.dtype for cast in decision.casts}
         slot = -1
 

@@ -7,7 +7,7 @@ from ``rules``, what is shared from ``sharing``, what it gives back from ``resul
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import BuiltinFunctionType
 from typing import Any, Final, Protocol
@@ -15,7 +15,8 @@ from typing import Any, Final, Protocol
 import torch
 from torch import fx, nn
 
-from fxamp.capture import AutocastState, state_of
+from fxamp.capture import AutocastState, assign, state_of
+from fxamp.capture.tracer import THIS
 from fxamp.dtypes import is_castable, promotable
 from fxamp.plan.calls import Call, argument_keys, argument_nodes, read_call
 from fxamp.plan.decision import Cast, Decision, PrecisionPlan
@@ -40,6 +41,9 @@ class Observer(Protocol):
     def flow(self, node: fx.Node, decision: Decision) -> Flow | None:
         """The flow of the node's value, or None when it could not be told."""
 
+    def forget(self, node: fx.Node) -> None:
+        """Tell nothing of the node's value."""
+
 
 def make_plan(
     graph: fx.Graph,
@@ -63,9 +67,14 @@ def make_plan(
     Raises:
         PlanError: when the graph has an operator that autocast refuses to run.
     """
-    planner = _Planner(attribute, policy, rulings, observer)
-    decisions = [planner.decide(node) for node in graph.nodes]
-    return PrecisionPlan(policy, mode, tuple(planner.sharing.with_ambient(decisions)))
+    unsure: frozenset[str] = frozenset()
+    while True:
+        planner = _Planner(attribute, policy, rulings, observer, unsure)
+        decisions = [planner.decide(node) for node in graph.nodes]
+        found = frozenset(planner.reassigned(graph))
+        if found <= unsure:
+            return PrecisionPlan(policy, mode, tuple(planner.sharing.with_ambient(decisions)))
+        unsure |= found
 
 
 class _Planner:
@@ -75,6 +84,7 @@ class _Planner:
         policy: Policy,
         rulings: Mapping[str, Ruling],
         observer: Observer | None,
+        unsure: frozenset[str],
     ) -> None:
         assert policy.device_type is not None
         assert policy.dtype is not None
@@ -82,6 +92,7 @@ class _Planner:
         self._attribute = attribute
         self._rules = Rules(policy, rulings)
         self._observer = observer
+        self._unsure = unsure  # attributes that the model itself gives another dtype
         self._device_type = policy.device_type
         self._ambient = AutocastState(policy.dtype, enabled=policy.name != "full")
         self._flows: dict[fx.Node, Flow] = {}
@@ -95,17 +106,38 @@ class _Planner:
             call = read_call(node, self._attribute)
             decision = self._decide_call(node, call, blank)
             self.sharing.define(node, call, from_table=decision.reason == "op table")
-        observed = self._observer.flow(node, decision) if self._observer is not None else None
-        if observed is not None:
-            decision = replace(decision, output=observed)
+        if self._observer is not None:
+            decision = replace(decision, output=self._observed(self._observer, node, decision))
         self._flows[node] = decision.output
         return decision
+
+    def _observed(self, observer: Observer, node: fx.Node, decision: Decision) -> Flow:
+        if self._is_unsure(node):
+            observer.forget(node)
+            return decision.output
+        found = observer.flow(node, decision)
+        return decision.output if found is None else found
+
+    def reassigned(self, graph: fx.Graph) -> Iterator[str]:
+        """The attributes that the model sets to a value of another dtype, which the next call finds there."""
+        read = {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
+        for node in graph.nodes:
+            if node.target is assign:
+                owner, name, value = node.args
+                path = name if owner.target == THIS else f"{owner.target}.{name}"
+                if path in read and _dtype_of(self._flows[read[path]]) != _dtype_of(self._flows[value]):
+                    yield path
+
+    def _is_unsure(self, node: fx.Node) -> bool:
+        return node.op == "get_attr" and node.target in self._unsure
 
     def _boundary(self, node: fx.Node, blank: Decision) -> Decision:
         if node.op == "placeholder":
             return replace(blank, output=UNKNOWN, reason="model input")
         if node.op == "get_attr":
             value = self._attribute(str(node.target))
+            if self._is_unsure(node):
+                return replace(blank, output=UNKNOWN)
             return replace(blank, output=NOT_A_TENSOR if isinstance(value, nn.Module) else of_object(value))
         return replace(blank, inputs=tuple(self._flows[n] for n in argument_nodes(node)))
 
@@ -194,6 +226,10 @@ class _Planner:
 
     def _result(self, node: fx.Node, call: Call, inputs: tuple[Flow, ...], cast_inputs: tuple[Value, ...]) -> Flow:
         return result_of(node, call.aten, inputs, cast_inputs, self._flows.__getitem__)
+
+
+def _dtype_of(flow: Flow) -> torch.dtype | None:
+    return flow.dtype if isinstance(flow, Value) else None
 
 
 def _eligible(node: fx.Node, decision: Decision) -> list[torch.dtype | None]:

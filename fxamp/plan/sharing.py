@@ -17,8 +17,9 @@ import torch
 from torch import fx, nn
 
 from fxamp.capture import AutocastState
+from fxamp.capture.calls import enter_inference_mode, exit_inference_mode
 from fxamp.dtypes import is_castable
-from fxamp.plan.aliasing import Writes
+from fxamp.plan.aliasing import Writes, storage_of
 from fxamp.plan.calls import Call, argument_nodes
 from fxamp.plan.decision import Cast, Decision
 from fxamp.plan.flow import Flow, tensors_in
@@ -33,6 +34,7 @@ _MAY_RETURN_ITSELF: Final = frozenset(USER_CASTS) | frozenset(
     "atleast_1d atleast_2d atleast_3d real conj resolve_conj resolve_neg positive broadcast_tensors broadcast_to "
     "sum_to_size to_dense as_tensor chunk split unbind".split()
 )
+_SWITCHES: Final = frozenset({torch._C._set_grad_enabled, enter_inference_mode, exit_inference_mode})
 _MAKES_LEAVES: Final = frozenset({"requires_grad", "detach"})
 
 
@@ -51,14 +53,18 @@ class Sharing:
         self._may_be: dict[fx.Node, frozenset[object]] = {}  # the leaves that a value may be
         self._leaves: dict[str, frozenset[object]] = {}  # the same, by the name of the node
         self._ambient_leaves: set[object] = set()
+        self._grad_modes = 0  # how often the grad mode was switched
         self._first_dtype: dict[tuple[object, int], torch.dtype] = {}
 
     def define(self, node: fx.Node, call: Call | None = None, *, from_table: bool = False) -> None:
         """A value comes to be; ``from_table``: out of an operator of the table, so it is a new tensor."""
         if call is None:
-            self._writes.define(node, fresh=True)
+            value = self._attribute(str(node.target)) if node.op == "get_attr" else None
+            storage = storage_of(value) if isinstance(value, torch.Tensor) else None
+            self._writes.define(node, fresh=True, storage=storage)
             self._may_be[node] = self._named(node)
             return
+        self._grad_modes += node.target in _SWITCHES
         kind = output_kind(call.aten, node.target, node.args, node.kwargs) if call.aten else None
         hands_on = call.inplace or call.aten in _MAY_RETURN_ITSELF
         fresh = from_table or not (kind in (None, "first") or hands_on)
@@ -69,18 +75,23 @@ class Sharing:
             self._may_be[node] = frozenset().union(*(self._may_be[n] for n in node.all_input_nodes))
         else:
             self._may_be[node] = frozenset()
-        unseen = [] if call.aten or call.steering else [n for n in node.all_input_nodes if n.op != "get_attr"]
-        for target in (*call.writes, *unseen):
-            self._writes.write(target)
+        self._writes.write(call.writes)
+        for module in self._modules(node):
+            self._writes.touch(storage_of(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
     def shared(self, cast: Cast, source: fx.Node, state: AutocastState) -> Cast:
         """The cast with the key under which it is shared, or marked to be looked up at run time."""
         value = self._attribute(str(source.target)) if source.op == "get_attr" else None
         weight = isinstance(value, nn.Parameter)
+        trained = weight and value.requires_grad  # type: ignore[union-attr]
         cast = replace(cast, weight=weight, epoch=state.epoch)
-        key = f"{source.name}:{cast.dtype}:{self._writes.version(source)}:{state.epoch}"
+        cast = replace(cast, version=self._writes.version(source, guessed=False))
+        # autocast has one copy of a weight with gradients; whether another tensor is one with it, nobody would tell.
+        version = cast.version if trained else self._writes.version(source)
+        key = f"{source.name}:{cast.dtype}:{version}:{state.epoch}"
         if self._everything:
-            return replace(cast, share=key)
+            # A cast that was made without gradients does not serve a use with them; that of a weight always has them.
+            return replace(cast, share=key if weight else f"{key}:{self._grad_modes}")
         if cast.dtype != state.dtype or not state.cache_enabled:
             return cast
         self._leaves[source.name] = self._may_be[source]
@@ -95,14 +106,18 @@ class Sharing:
 
     def note_ambient(self, node: fx.Node, inputs: tuple[Flow, ...]) -> None:
         """Remembers the leaves that a call left to autocast may cast."""
-        modules = [self._attribute(str(node.target))] if node.op == "call_module" else []
         for source, flow in zip(argument_nodes(node), inputs, strict=True):
             if any(value.dtype is None or is_castable(value.dtype) for value in tensors_in(flow)):
                 self._ambient_leaves |= self._may_be[source]
-            value = self._attribute(str(source.target)) if source.op == "get_attr" else None
-            modules += [value] if isinstance(value, nn.Module) else []
-        for module in modules:
+        for module in self._modules(node):
             self._ambient_leaves.update(map(id, module.parameters()))
+
+    def _modules(self, node: fx.Node) -> list[nn.Module]:
+        """The modules that a call runs, or is given."""
+        sources = [node] if node.op == "call_module" else []
+        sources += [source for source in node.all_input_nodes if source.op == "get_attr"]
+        values = (self._attribute(str(source.target)) for source in sources)
+        return [value for value in values if isinstance(value, nn.Module)]
 
     def with_ambient(self, decisions: list[Decision]) -> list[Decision]:
         """Leaves to autocast's own cache whatever an opaque call uses too, so that it is cast once."""

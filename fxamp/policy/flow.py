@@ -112,9 +112,10 @@ _FIRST_OF: Final = {
     F.embedding_bag: "embedding_bag",
 }
 
-# An argument that changes the kind when it is given.
+# Arguments that change the kind when they are given.
 _ARGUMENT_CHANGES: Final[Mapping[str, tuple[str, str | None]]] = {
     "bucketize": ("out_int32", None),
+    "diff": ("prepend append", None),
     "div": ("rounding_mode", "promote"),
     "divide": ("rounding_mode", "promote"),
     "searchsorted": ("out_int32", None),
@@ -148,8 +149,9 @@ def output_kind(
     if aten in _FIRST_OF.values():
         same = isinstance(target, type(F.embedding_bag)) and _FIRST_OF.get(target) == aten
         return ("promote" if aten == "embedding_bag" else "first") if same else None
-    if aten in _ARGUMENT_CHANGES and (kwargs or {}).get(_ARGUMENT_CHANGES[aten][0]):
-        return _ARGUMENT_CHANGES[aten][1]
+    arguments, changed = _ARGUMENT_CHANGES.get(aten, ("", None))
+    if any((kwargs or {}).get(name) not in (None, False) for name in arguments.split()):
+        return changed
     return _kind_of_operator(aten)
 
 

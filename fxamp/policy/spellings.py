@@ -25,7 +25,7 @@ from fxamp.errors import PolicyError, nearest
 from fxamp.policy.operators import aten_packets, is_aten, packet_of
 from fxamp.policy.python_table import CAST_METHODS, FUNCTIONS, METHODS, OPERATOR_MODULE
 
-__all__ = ["CAST_METHODS", "aten_name", "resolve_operator"]
+__all__ = ["CAST_METHODS", "aten_name", "given_argument", "resolve_operator"]
 
 # The last argument of mm, addmm and their kind: it chooses an overload that autocast does not list.
 _UNLISTED_OVERLOAD: Final = "out_dtype"
@@ -130,9 +130,9 @@ def _overload_name(target: torch._ops.OpOverload[..., Any]) -> str | None:
 
 def _row_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     name, *unless = _by_function()[target]
-    if unless and _given(target, unless[0], args, kwargs) not in (None, False):
+    if unless and given_argument(target, unless[0], args, kwargs) not in (None, False):
         return unless[1] if len(unless) > 1 else None
-    inplace = "inplace" in _parameters(target) and _given(target, "inplace", args, kwargs) is True
+    inplace = "inplace" in _parameters(target) and given_argument(target, "inplace", args, kwargs) is True
     return f"{name}_" if inplace else name
 
 
@@ -169,7 +169,7 @@ def _norm_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> s
     return "linalg_vector_norm" if p == "fro" or not isinstance(p, str) else None
 
 
-def _given(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def given_argument(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The argument of this name, or None when the call does not give it."""
     position = _parameters(target).index(name) if name in _parameters(target) else len(args)
     return kwargs.get(name, args[position] if position < len(args) else None)

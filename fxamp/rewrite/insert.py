@@ -76,11 +76,11 @@ class _Inserter:
         if first is not None:
             return first
         name = f"{value.name}_{abbreviate(cast.dtype)}"
-        epoch = (cast.epoch,) if cast.epoch >= 0 else ()
+        told_apart = (cast.epoch, cast.version) if cast.version else (cast.epoch,) if cast.epoch >= 0 else ()
         if cast.leaf_only:
-            node = self._graph.create_node("call_function", leaf_cast, (value, cast.dtype, *epoch), {}, name)
+            node = self._graph.create_node("call_function", leaf_cast, (value, cast.dtype, *told_apart), {}, name)
         elif cast.weight and cast.share and value.op == "get_attr":
-            node = self._graph.create_node("call_function", cast_weight, (value, cast.dtype, *epoch), {}, name)
+            node = self._graph.create_node("call_function", cast_weight, (value, cast.dtype, *told_apart), {}, name)
         elif cast.soft:
             node = self._graph.create_node("call_function", soft_cast, (value, cast.dtype), {}, name)
         else:

@@ -91,6 +91,8 @@ class AmpModule(fx.GraphModule):
 
     def _run(self, variant: Variant, values: Any) -> Any:
         device_type = execution_device_type(self._conversion.policy.device_type or "cpu")
+        if variant.ambient and (self._conversion.held is not None or torch.is_autocast_enabled(device_type)):
+            self._conversion.forget_stale_copies()  # autocast itself would hand them out as long as a region is open
         shares = variant.guarded or HELD or self._conversion.held is not None
         if shares and not torch.compiler.is_compiling():
             return self._run_guarded(variant, values, device_type)

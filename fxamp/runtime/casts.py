@@ -32,7 +32,7 @@ __all__ = [
     "soft_cast",
 ]
 
-Copies = dict[tuple[int, torch.dtype, int], tuple[torch.Tensor, int, torch.Tensor]]
+Copies = dict[tuple[int, torch.dtype, int, int], tuple[torch.Tensor, int, torch.Tensor]]
 
 
 class Held(NamedTuple):
@@ -68,33 +68,35 @@ def soft_cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def leaf_cast(value: Any, dtype: torch.dtype, epoch: int = -1) -> Any:
+def leaf_cast(value: Any, dtype: torch.dtype, epoch: int = -1, writes: int = 0) -> Any:
     """The cast of a value that may be a leaf of autograd, or autocast's kept copy of it.
 
     autocast keeps the low copy of a float32 leaf and casts anything else again; for a tensor without
-    gradient the two are the same. A tensor that was written to since is cast again, and so is one in another
-    ``epoch``: autocast empties its cache when the outermost region ends.
+    gradient the two are the same. A tensor that was written to since is cast again (``writes`` counts what the graph
+    itself writes, which through ``.data`` leaves no trace), and so is one in another ``epoch``: autocast empties its
+    cache when the outermost region ends.
     """
     if not isinstance(value, torch.Tensor) or not HELD or value.dtype != torch.float32:
         return soft_cast(value, dtype)
     if (value.requires_grad and (not value.is_leaf or value._is_view())) or value.is_inference():
         return value.to(dtype)
     held = HELD[-1]
-    return _kept(held.weights if isinstance(value, torch.nn.Parameter) else held.others, value, dtype, epoch)
+    copies = held.weights if isinstance(value, torch.nn.Parameter) else held.others
+    return _kept(copies, value, dtype, epoch, writes)
 
 
-def cast_weight(weight: torch.Tensor, dtype: torch.dtype, epoch: int = -1) -> torch.Tensor:
+def cast_weight(weight: torch.Tensor, dtype: torch.dtype, epoch: int = -1, writes: int = 0) -> torch.Tensor:
     """The weight in the low dtype: cast now, or the copy that ``hold_weights`` keeps."""
-    return _kept(HELD[-1].weights, weight, dtype, epoch) if HELD else weight.to(dtype)
+    return _kept(HELD[-1].weights, weight, dtype, epoch, writes) if HELD else weight.to(dtype)
 
 
-def _kept(copies: Copies, value: torch.Tensor, dtype: torch.dtype, epoch: int) -> torch.Tensor:
-    kept = copies.get((id(value), dtype, epoch))
+def _kept(copies: Copies, value: torch.Tensor, dtype: torch.dtype, epoch: int, writes: int) -> torch.Tensor:
+    kept = copies.get((id(value), dtype, epoch, writes))
     version = -1 if value.is_inference() else value._version
     if kept is None or kept[1] != version:
         # With gradients, whatever the mode: a later use may be in another.
         with torch.inference_mode(False), torch.enable_grad():
-            kept = copies[id(value), dtype, epoch] = (value, version, value.to(dtype))
+            kept = copies[id(value), dtype, epoch, writes] = (value, version, value.to(dtype))
     return kept[2]
 
 

@@ -81,6 +81,7 @@ class Conversion:
         examples: the values of its placeholders, when example inputs were given.
         dtypes: those of the parameters and buffers when the graphs were planned.
         refused: layouts whose numbers have to be baked in.
+        written: how often the parameters had been written to at the last call that looked.
     """
 
     program: Program
@@ -96,6 +97,7 @@ class Conversion:
     held: dict[Any, Any] | None = None
     dtypes: tuple[torch.dtype, ...] = ()
     refused: list[Layout] = field(default_factory=list)
+    written: int = -1
 
     @staticmethod
     def start(
@@ -209,6 +211,14 @@ class Conversion:
         self.examples = None  # they were for the tensors as they had been
         self._finish()
         return True
+
+    def forget_stale_copies(self) -> None:
+        """Empties the cache of autocast when a parameter was written to since the last time."""
+        tensors = (parameter for parameter in self.program.whole.parameters() if not parameter.is_inference())
+        versions = sum(tensor._version for tensor in tensors)
+        if versions != self.written:
+            torch.clear_autocast_cache()
+        self.written = versions
 
     def replanned(self, policy: Policy) -> Conversion:
         """A conversion of the same traces under another policy, with a module tree of its own."""
