@@ -69,15 +69,24 @@ def check_against_autocast(
     modes: tuple[bool, ...] = (True, False),
     calls: int = 2,
     device: str = "cpu",
+    examples: bool = False,
+    constant: bool = False,
+    rules: str | None = None,
     **kwargs: Any,
 ) -> fxamp.AmpModule:
     """Outputs, gradients and buffers equal eager ``torch.autocast(device)`` bitwise, in both modes.
 
     Policy "full" is compared with the model as it is.
+
+    Args:
+        examples: convert with the inputs as example inputs.
+        constant: the inputs of the last call are no leaves of autograd.
+        rules: the device type whose rules to convert for, when the context of the eager model is another's.
     """
     expected_model = copy.deepcopy(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    amp = fxamp.convert(copy.deepcopy(model), loss, dtype=dtype, policy=policy)
+    shown = _constants(((*args, *loss_args), kwargs)) if examples else None
+    amp = fxamp.convert(copy.deepcopy(model), loss, dtype=dtype, device_type=rules, policy=policy, example_inputs=shown)
 
     def reference(*inputs: Any, **given: Any) -> Any:
         count = len(inputs) - len(loss_args)
@@ -89,9 +98,11 @@ def check_against_autocast(
         amp.train(training)
         for call in range(calls):
             context = torch.autocast(device, dtype) if policy == "autocast" else nullcontext()
+            given = ((*args, *loss_args), kwargs)
+            inputs, named = _constants(given) if constant and call == calls - 1 else given
             with quiet():
-                expected, expected_grads = run(reference, (*args, *loss_args), kwargs, context, seed=call)
-                found, grads = run(amp, (*args, *loss_args), kwargs, nullcontext(), seed=call)
+                expected, expected_grads = run(reference, inputs, named, context, seed=call)
+                found, grads = run(amp, inputs, named, nullcontext(), seed=call)
             assert_same(found, expected, f"training={training} call={call} output")
             for name, gradient in expected_grads.items():
                 assert_same([grads[name]], [gradient], f"training={training} gradient of {name}")
@@ -126,6 +137,10 @@ def _shown(value: Any) -> str:
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _constants(values: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, values)
 
 
 def _weights(tensor: torch.Tensor) -> torch.Tensor:

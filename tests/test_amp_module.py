@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxamp
 from tests.helpers import assert_same, check_against_autocast
-from tests.models import GPT, Attention, Regions, ResNet
+from tests.zoo.basic import GPT, Attention, Regions, ResNet
 
 
 def small(policy: str = "autocast", **options: Any) -> tuple[nn.Module, fxamp.AmpModule]:

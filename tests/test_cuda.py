@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 import fxamp
 from tests.helpers import assert_same, check_against_autocast
-from tests.models import GPT, ZOO
+from tests.zoo import BASIC as ZOO
+from tests.zoo.basic import GPT
 
 pytestmark = pytest.mark.cuda
 

@@ -20,7 +20,7 @@ from fxamp.plan import NOT_A_TENSOR, UNKNOWN, Decision, Flow, PrecisionPlan, Ten
 from fxamp.plan.observer import FakeObserver
 from fxamp.policy import POLICY_NAMES
 from tests.helpers import assert_same, graph_text
-from tests.models import ZOO
+from tests.zoo import BASIC as ZOO
 
 LOW = (torch.bfloat16, torch.float16)
 CALLS = ("placeholder", "get_attr", "output")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxamp
-from tests.models import ZOO
+from tests.zoo import BASIC as ZOO
 
 FILE = os.path.basename(__file__)
 NODE_KEYS = {

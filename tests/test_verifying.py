@@ -15,7 +15,7 @@ import fxamp
 from fxamp.plan import Cast, Decision, PrecisionPlan
 from fxamp.policy import POLICY_NAMES
 from fxamp.rewrite import insert_casts, verify
-from tests.models import ZOO
+from tests.zoo import BASIC as ZOO
 
 
 class Model(nn.Module):

@@ -29,6 +29,7 @@ class Outcome(NamedTuple):
     spelling: str
     outcome: str
     detail: str = ""
+    differentiable: bool = True
 
 
 def module_of(call: Callable[..., Any], sample: Any) -> tuple[nn.Module, list[Tensor]]:

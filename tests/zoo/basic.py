@@ -1,28 +1,17 @@
-"""Small models of many families, each with inputs; used by several tests."""
+"""The models that other tests use by name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ZOO", "Case"]
+from tests.zoo.case import BF16, Case
 
-
-class Case(NamedTuple):
-    """A model and a call of it."""
-
-    make: Callable[[], nn.Module]
-    inputs: Callable[[], tuple[Any, ...]]
-    kwargs: Mapping[str, Any] = MappingProxyType({})
-    loss: Callable[..., Any] | None = None
-    loss_args: Callable[[], tuple[Any, ...]] = tuple
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+__all__ = ["BASIC"]
 
 
 class Attention(nn.Module):
@@ -286,7 +275,7 @@ def _tokens() -> tuple[Any, ...]:
     return (torch.randint(0, 23, (2, 7)),)
 
 
-ZOO: dict[str, Case] = {
+BASIC: dict[str, Case] = {
     "mlp": Case(lambda: nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), _rows),
     "mlp_loss": Case(
         lambda: nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4)),
@@ -308,16 +297,20 @@ ZOO: dict[str, Case] = {
     "resnet": Case(ResNet, _image),
     "unet": Case(UNet, _image),
     # oneDNN has no float16 LSTM on the CPU.
-    "recurrent": Case(Recurrent, lambda: (torch.randn(2, 3, 6),), dtypes=(torch.bfloat16,)),
-    "experts": Case(Experts, _rows),
+    "recurrent": Case(Recurrent, lambda: (torch.randn(2, 3, 6),), dtypes=BF16, opaque=5),
+    "experts": Case(Experts, _rows, opaque=1),
     "scan": Case(Scan, lambda: (torch.randn(2, 4, 8),)),
     "messages": Case(MessagePassing, lambda: (torch.randn(5, 8), torch.randint(0, 5, (2, 9)))),
-    "regions": Case(Regions, lambda: (torch.randn(8, 8, requires_grad=True),)),
+    "regions": Case(Regions, lambda: (torch.randn(8, 8, requires_grad=True),), gpu=False),
     "autoencoder": Case(
-        Autoencoder, lambda: (torch.rand(4, 8),), loss=autoencoder_loss, loss_args=lambda: (torch.rand(4, 8),)
+        Autoencoder,
+        lambda: (torch.rand(4, 8),),
+        loss=autoencoder_loss,
+        loss_args=lambda: (torch.rand(4, 8),),
+        gpu=False,
     ),
-    "weights": Case(WeightTricks, _rows),
-    "stack": Case(Stack, lambda: (torch.randn(2, 4, 8),)),
+    "weights": Case(WeightTricks, _rows, opaque=2),
+    "stack": Case(Stack, lambda: (torch.randn(2, 4, 8),), opaque=3),
     "arguments": Case(MixedArguments, lambda: ({"x": torch.randn(4, 8)}, (torch.randn(4, 8), torch.randn(4, 8)))),
     "arguments_given": Case(
         MixedArguments,
