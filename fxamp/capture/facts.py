@@ -2,7 +2,7 @@
 
 Each call of a trace can be run on fake tensors: its shape is that of a real run, nothing is computed. So a branch on
 ``x.dim()`` goes the way it would go for such inputs, and the graph checks that at every call. Data is never told, nor
-is the dtype of what was computed under the rules of a GPU, where the autocast of fake tensors cannot be asked.
+is a dtype under the rules of a GPU where the autocast of fake tensors could not be asked.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Final
 
 import torch
@@ -27,6 +27,7 @@ from fxamp.dtypes import is_castable
 __all__ = ["UNTOLD", "Facts", "run_on_fakes", "without_log"]
 
 UNTOLD: Final = object()
+_length = len  # while a model is traced, the builtin is another one
 
 # What a tensor tells of itself apart from its sizes.
 _NO_SIZES: Final = frozenset(
@@ -86,6 +87,7 @@ class Facts:
         self._values: dict[fx.Node, Any] = {}
         self._sized: set[fx.Node] = set()
         self._typed: set[fx.Node] = set()
+        self._doubtful: set[fx.Node] = set()  # whose dtypes are a guess
 
     def kind(self, node: fx.Node) -> type | None:
         """The type of a node's value, or None when it is not told."""
@@ -145,34 +147,43 @@ class Facts:
             return UNTOLD
         if any(self._values[source] is UNTOLD for source in node.all_input_nodes):
             return UNTOLD
-        prepare = _as_it_is if self._autocast_is_here() or node.target is getattr else _in_float32
         try:
-            return self._run(node, prepare)
+            return self._run(node)
         except Exception:
             return UNTOLD
 
-    def _autocast_is_here(self) -> bool:
-        """Whether fake tensors go through the autocast of the rules, so that their dtypes are those of a real run."""
-        return self._device_type == "cpu"
-
-    def _run(self, node: fx.Node, prepare: Callable[[Any], Any]) -> Any:
+    def _run(self, node: fx.Node) -> Any:
+        """What a call gives. In which dtypes is a guess where the autocast of the rules could not be asked."""
+        sources = node.all_input_nodes
+        doubtful = any(source in self._doubtful for source in sources)
+        if node.target is getattr:
+            value = self._called(node, self._values.__getitem__)
+            return _CASTABLE if doubtful and isinstance(value, torch.dtype) and is_castable(value) else value
         compares = getattr(node.target, "__module__", None) == operator.eq.__module__
+        if not doubtful and self._device_type == "cpu":
+            return self._called(node, self._values.__getitem__)
+        if not doubtful:
+            with suppress(Exception):  # fake tensors can be said to be on a GPU, and its autocast asked
+                values = {source: moved(self._values[source], "cuda") for source in sources}
+                return moved(self._called(node, values.__getitem__, "cuda"), "cpu")
+        self._doubtful.add(node)
 
-        def argument(source: fx.Node) -> Any:
-            value = prepare(self._values[source])
+        def in_float32(source: fx.Node) -> Any:
+            value = _in_float32(self._values[source])
             return torch.float32 if value is _CASTABLE and not compares else value
 
-        args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, argument)
+        return self._called(node, in_float32)
+
+    def _called(self, node: fx.Node, value_of: Callable[[fx.Node], Any], device: str = "") -> Any:
+        args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, value_of)
         with self._mode, _autocast(node, self._device_type, self._ambient):
             if node.op == "call_module":
-                return run_on_fakes(self._attribute(str(node.target)), args, kwargs, self._fake)
+                fake = (lambda value: moved(self._fake(value), device)) if device else self._fake
+                return run_on_fakes(self._attribute(str(node.target)), args, kwargs, fake)
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             assert callable(node.target)
-            value = node.target(*args, **kwargs)
-        given = all(source.op in ("placeholder", "get_attr") for source in node.all_input_nodes)
-        exact = given or self._autocast_is_here()
-        return _CASTABLE if isinstance(value, torch.dtype) and is_castable(value) and not exact else value
+            return node.target(*args, **kwargs)
 
     def _is_sized(self, node: fx.Node) -> bool:
         """Whether a value is no tensor and follows from the sizes of some."""
@@ -182,8 +193,10 @@ class Facts:
             return isinstance(self._values[node], int | float)
         name = str(node.args[1]) if node.target is getattr else node.target
         of_tensors = any(isinstance(self._values[source], torch.Tensor) for source in node.all_input_nodes)
-        if node.target is len:
+        if node.target is _length:
             return of_tensors
+        if _is_structure(node, self._values[node]):
+            return False
         return (of_tensors and name not in _NO_SIZES) or any(source in self._sized for source in node.all_input_nodes)
 
     def _is_typed(self, node: fx.Node) -> bool:
@@ -195,6 +208,30 @@ class Facts:
 
     def _fake(self, value: Any) -> Any:
         return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
+
+
+def _is_structure(node: fx.Node, value: Any) -> bool:
+    """Whether a call gives a tuple that has as many parts for any sizes, as the state of a recurrent module."""
+    if not isinstance(value, tuple) or isinstance(value, torch.Size) or node.op == "call_module":
+        return isinstance(value, tuple) and not isinstance(value, torch.Size)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    packet = getattr(torch.ops.aten, name, None)
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()] if packet is not None else []
+    return any(_length(schema.returns) == _length(value) > 1 for schema in schemas)
+
+
+def gpu_is_away(device_type: str) -> bool:
+    """Whether the rules are those of a GPU that is not there; fake tensors can be said to be on it all the same."""
+    return device_type == "cuda" and not torch.cuda.is_available()
+
+
+def moved(value: Any, device: str) -> Any:
+    """Fake tensors said to be on another device; a build without GPUs refuses to move even these."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+    return pytree.tree_map_only(torch.Tensor, move, value)
 
 
 def run_on_fakes(module: nn.Module, args: Any, kwargs: Mapping[str, Any], fake: Callable[[Any], Any]) -> Any:
@@ -227,10 +264,6 @@ def _autocast(node: fx.Node, device_type: str, ambient: AutocastState | None) ->
     off = AutocastState(torch._C.get_autocast_dtype(device_type), enabled=False)
     state = state_of(node.meta.get("regions", ()), device_type, ambient or off)
     return autocast_as(device_type, state.dtype, enabled=state.enabled)
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
 
 
 def _in_float32(value: Any) -> Any:

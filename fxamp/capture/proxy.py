@@ -66,6 +66,10 @@ def _record_inplace(name: str) -> Any:
     return method
 
 
+def _record_named(name: str) -> Any:
+    return lambda self, other: self.tracer.create_proxy("call_method", name, (self, other), {})
+
+
 def _record_reflected(name: str) -> Any:
     plain = getattr(fx.Proxy, name)
 
@@ -79,6 +83,8 @@ def _record_reflected(name: str) -> Any:
 
 for _name in _INPLACE:
     setattr(_Recorded, f"__{_name}__", _record_inplace(_name))
+for _name in ("__div__", "__idiv__", "__rdiv__"):  # torch's own names from Python 2, which torch.fx takes for operators
+    setattr(_Recorded, _name, _record_named(_name))
 for _name in _REFLECTED:
     setattr(_Recorded, f"__{_name}__", _record_reflected(f"__{_name}__"))
 

@@ -138,6 +138,9 @@ class AmpTracer(DecidingTracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         del root_fn, is_module, concrete_args
+        self.graph._graph_namespace.create_name(
+            "self", None
+        )  # the generated code needs it; a submodule may be called so
         return self._call_entry, [self.create_proxy("placeholder", name, (), {}) for name in self._names]
 
     def _call_entry(self, *proxies: fx.Proxy) -> Any:

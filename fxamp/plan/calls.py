@@ -35,6 +35,8 @@ _LEAF_OPERATORS: Final = (
 _STEERING: Final = MODE_CALLS | frozenset(
     {
         operator.not_,
+        torch.finfo,
+        torch.iinfo,
         torch.is_floating_point,
         torch.is_complex,
         torch.numel,

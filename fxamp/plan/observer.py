@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
 from fxamp.capture.calls import MODE_CALLS
-from fxamp.capture.facts import run_on_fakes, without_log
+from fxamp.capture.facts import gpu_is_away, moved, run_on_fakes, without_log
 from fxamp.capture.regions import autocast_as
 from fxamp.dtypes import is_castable
 from fxamp.errors import CaptureError
@@ -103,12 +103,12 @@ class FakeObserver:
         try:
             args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, argument)
             # Without a GPU the autocast of one is asked all the same, by fake tensors that are said to be there.
-            away = decision.how == "ambient" and self._device_type == "cuda" and not torch.cuda.is_available()
+            away = decision.how == "ambient" and gpu_is_away(self._device_type)
             with self._mode, torch.no_grad(), _autocast(decision, self._device_type), _quietly():
                 if away:
-                    args, kwargs = _moved((args, kwargs), "cuda")
+                    args, kwargs = moved((args, kwargs), "cuda")
                 result = self._called(node, decision, args, kwargs, "cuda" if away else "")
-                return _moved(result, "cpu") if away else result
+                return moved(result, "cpu") if away else result
         except _NOT_FAKEABLE:
             return _MISSING  # the rules tell what they can
         except Exception as error:
@@ -121,7 +121,7 @@ class FakeObserver:
             return _call(node, decision, args, kwargs)
 
         def fake(value: Any) -> Any:
-            return _moved(self._fake(value), device) if device else self._fake(value)
+            return moved(self._fake(value), device) if device else self._fake(value)
 
         return run_on_fakes(self._attribute(str(node.target)), args, kwargs, fake)
 
@@ -163,15 +163,6 @@ def _quietly() -> Iterator[None]:
     with without_log(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that cuDNN is not there, for one
         yield
-
-
-def _moved(value: Any, device: str) -> Any:
-    """Fake tensors said to be on another device; a build without GPUs refuses to move even these."""
-
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-
-    return pytree.tree_map_only(torch.Tensor, moved, value)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

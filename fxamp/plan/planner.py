@@ -25,6 +25,7 @@ from fxamp.plan.results import result_of
 from fxamp.plan.rules import Rules, banned, unexpected
 from fxamp.plan.sharing import Sharing
 from fxamp.policy import Policy, Ruling
+from fxamp.policy.flow import ONE_DTYPE
 from fxamp.policy.operators import optional_tensors
 
 __all__ = ["Observer", "make_plan"]
@@ -190,7 +191,7 @@ class _Planner:
     def _through_casts(self, node: fx.Node, call: Call, decision: Decision) -> Decision:
         target, how = self._target(node, decision)
         casts = self._casts(node, target, decision) if target is not None else ()
-        cast_inputs = _after(decision.inputs, casts)
+        cast_inputs = _after(decision, casts)
         output = self._result(node, call, decision.inputs, cast_inputs)
         runs_in = _computes_in(target, cast_inputs, output)
         return replace(decision, casts=casts, how=how, runs_in=runs_in, output=output)
@@ -243,17 +244,18 @@ def _castable(values: Iterable[Value]) -> list[torch.dtype | None]:
     return [value.dtype for value in values if value.dtype is None or is_castable(value.dtype)]
 
 
-def _after(inputs: tuple[Flow, ...], casts: tuple[Cast, ...]) -> tuple[Value, ...]:
+def _after(decision: Decision, casts: tuple[Cast, ...]) -> tuple[Value, ...]:
     """The tensors that a call computes with."""
     targets = {cast.slot: cast.dtype for cast in casts}
-    values: list[Value] = []
-    for slot, flow in enumerate(inputs):
-        target = targets.get(slot)
-        for value in tensors_in(flow):
-            # A soft cast may find an integer; an operator with a rule computes with floating tensors.
-            changed = target is not None and (value.dtype is None or _casts_to(value.dtype, target))
-            values.append(Value(target, value.scalar) if changed else value)
-    return tuple(values)
+    given = [(value, targets.get(slot)) for slot, flow in enumerate(decision.inputs) for value in tensors_in(flow)]
+    values = [
+        Value(target, v.scalar) if target and v.dtype and _casts_to(v.dtype, target) else v for v, target in given
+    ]
+    if decision.aten not in ONE_DTYPE or not targets:
+        return tuple(values)  # a soft cast may find float64, or no floating dtype, and pass it on
+    one = next(iter(targets.values()))
+    known = any(value.dtype == one for value in values)
+    return tuple(Value(one, value.scalar) if known and value.dtype is None else value for value in values)
 
 
 def _computes_in(target: torch.dtype | None, inputs: tuple[Value, ...], output: Flow) -> torch.dtype | None:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from fxamp.policy.operators import is_aten
 
-__all__ = ["OutputKind", "output_kind"]
+__all__ = ["ONE_DTYPE", "OutputKind", "output_kind"]
 
 OutputKind: TypeAlias = "str | tuple[str | None, ...]"
 
@@ -99,6 +99,13 @@ _NAMES: Final[Mapping[OutputKind, str]] = {
 # Tagged pointwise or made as views, but what comes out is not told by the tensors that go in.
 _UNKNOWN: Final = frozenset(
     "_to_copy _conj complex equal float_power imag polar to type_as view_as_complex view_as_real".split()
+)
+
+# Operators that refuse operands of two floating dtypes: one that is known tells the others'.
+ONE_DTYPE: Final = frozenset(
+    "_addmm_activation addbmm addmm addmv baddbmm bmm chain_matmul conv1d conv2d conv3d conv_tbc conv_transpose1d "
+    "conv_transpose2d conv_transpose3d convolution dot linalg_multi_dot linear matmul mm mv "
+    "scaled_dot_product_attention vdot".split()
 )
 
 # One name for a single tensor, the other for a tuple: the number and kind of arguments tell.

@@ -81,6 +81,8 @@ class AmpModule(fx.GraphModule):
         if any(not isinstance(values[i], torch.Tensor) for i in variant.asked):
             variant, values = self._variant_for(args, kwargs, bake_numbers=True)
             _check_asked(variant, values)
+        if variant.observed and not variant.fits(values):
+            variant = self._compiled(conversion.by_rule(variant))
         for module, training in variant.mode_flags:
             if module.training is not training:
                 raise _other_mode(self, module, training)
@@ -119,9 +121,7 @@ class AmpModule(fx.GraphModule):
     ) -> tuple[Variant, Sequence[Any]]:
         conversion = self._conversion
         values = conversion.program.signature.bind(args, kwargs)
-        variant = conversion.variant_for(values, bake_numbers=bake_numbers)
-        if variant.function is None:
-            self._compile(variant)
+        variant = self._compiled(conversion.variant_for(values, bake_numbers=bake_numbers))
         return variant, values_of(variant.traced.layout, values)
 
     # -- graphs ------------------------------------------------------------------------------------
@@ -133,6 +133,11 @@ class AmpModule(fx.GraphModule):
             self.graph = variant.graph
             self._finish(variant)
         self._graph, self._code = variant.graph, variant.code
+
+    def _compiled(self, variant: Variant) -> Variant:
+        if variant.function is None:
+            self._compile(variant)
+        return variant
 
     def _compile(self, variant: Variant) -> None:
         shown = self._graph, self._code

@@ -7,7 +7,7 @@ one. The later stages (rewriting, reporting) are handed in as functions, so that
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -65,6 +65,17 @@ class Variant:
     guarded: bool = False
     mode_flags: tuple[tuple[nn.Module, bool], ...] = ()
     asked: tuple[int, ...] = ()  # placeholders whose type the model asked for
+    observed: tuple[tuple[torch.dtype, bool] | None, ...] = ()  # dtype, and whether 0-dim, of the example inputs
+    by_rule: Variant | None = None  # planned without them
+
+    def fits(self, values: Sequence[Any]) -> bool:
+        """Whether the dtypes of these inputs are those that it was planned for, when it was planned for some."""
+        for value, expected in zip(values, self.observed, strict=False):
+            if expected is not None and isinstance(value, torch.Tensor):
+                dtype, scalar = expected
+                if value.dtype is not dtype or (value.dim() == 0) is not scalar:
+                    return False
+        return True
 
 
 @dataclass
@@ -159,7 +170,14 @@ class Conversion:
                 return variant
         examples = self.examples if traced.layout == self.layout else None
         plan, graph = self.stages.build(self.program, traced, self.policy, mode, examples)
-        return Variant(traced, plan, graph)
+        return Variant(traced, plan, graph, observed=tuple(map(_observed, examples or ())))
+
+    def by_rule(self, variant: Variant) -> Variant:
+        """The same graph planned for inputs of any dtype."""
+        if variant.by_rule is None:
+            plan, graph = self.stages.build(self.program, variant.traced, self.policy, self.mode, None)
+            variant.by_rule = Variant(variant.traced, plan, graph)
+        return variant.by_rule
 
     @property
     def base(self) -> Variant:
@@ -255,7 +273,8 @@ class Conversion:
     def packed(self, pack: Callable[[fx.Graph], Any]) -> dict[str, Any]:
         """The state as picklable data."""
         variants = [
-            (mode, replace(v.traced, graph=pack(v.traced.graph)), v.plan, pack(v.graph)) for mode, v in self.variants
+            (mode, replace(v.traced, graph=pack(v.traced.graph)), v.plan, pack(v.graph), v.observed)
+            for mode, v in self.variants
         ]
         names = ("program", "asked", "stages", "policy", "mode", "layout", "scaler", "dtypes")
         return {"variants": variants, **{name: getattr(self, name) for name in names}}
@@ -265,10 +284,10 @@ class Conversion:
         """The state that was packed."""
         fields = {name: value for name, value in packed.items() if name != "variants"}
         new = Conversion(**fields)
-        for mode, traced, plan, graph in packed["variants"]:
+        for mode, traced, plan, graph, observed in packed["variants"]:
             whole = replace(traced, graph=unpack(traced.graph))
             new.traced.append((mode, whole))
-            new.variants.append((mode, Variant(whole, plan, unpack(graph))))
+            new.variants.append((mode, Variant(whole, plan, unpack(graph), observed=observed)))
         return new
 
 
@@ -286,6 +305,10 @@ def _base_layout(program: Program, mode: str, policy: Policy) -> Layout:
     if failed is not None:
         raise failed
     return program.signature.base_layout()
+
+
+def _observed(example: Any) -> tuple[torch.dtype, bool] | None:
+    return (example.dtype, example.dim() == 0) if isinstance(example, torch.Tensor) else None
 
 
 def _ambient(policy: Policy) -> tuple[str, torch.dtype] | None:
