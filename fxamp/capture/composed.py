@@ -12,7 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
+from torch import fx
 from torch.nn import _reduction as _Reduction
+
+from fxamp.policy.einsum import einsum_call
 
 __all__ = ["COMPOSED"]
 
@@ -72,10 +75,28 @@ def _cumulative_trapezoid(y: Any, x: Any = None, *, dx: float = 1, dim: int = -1
     return ((left + right) * _steps(x, y, dim)).cumsum(dim) / 2.0
 
 
+def _einsum(equation: Any, *operands: Any) -> Any:
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str):
+        raise NotImplementedError("labels as numbers")
+    tracer: Any = next(operand.tracer for operand in operands if isinstance(operand, fx.Proxy))
+    shapes = [tracer.shape_of(operand) for operand in operands] if len(operands) > 1 else [()]
+    found = None if None in shapes else einsum_call(equation, shapes)
+    if found is None:
+        raise NotImplementedError("more than one product, or sizes that are not known")
+    call, rest = found
+    return tracer.create_proxy("call_function", call, (equation, *operands, *rest), {})
+
+
 def _inner(input: Any, other: Any) -> Any:
     if input.dim() == 0 or other.dim() == 0:
         return input * other
     return torch.tensordot(input, other, ([-1], [-1]))
+
+
+def _ldexp(input: Any, other: Any) -> Any:
+    return input * torch.pow(2.0, other)
 
 
 def _matrix_power(input: Any, n: int, *, out: None = None) -> Any:
@@ -171,7 +192,9 @@ def _product(sizes: Sequence[Any]) -> Any:
 COMPOSED: Final[Mapping[str, Callable[..., Any]]] = {
     "cross_entropy_loss": _cross_entropy,
     "cumulative_trapezoid": _cumulative_trapezoid,
+    "einsum": _einsum,
     "inner": _inner,
+    "ldexp": _ldexp,
     "linalg_matrix_power": _matrix_power,
     "matrix_power": _matrix_power,
     "pairwise_distance": _pairwise_distance,

@@ -65,6 +65,12 @@ class DecidingTracer(fx.Tracer):
         parts = self._record_method("unbind", (obj,), {}) if of_tensor else obj
         return (parts[i] for i in range(length))  # type: ignore[index]
 
+    def shape_of(self, value: Any) -> tuple[int, ...] | None:
+        """The shape that a tensor has with the example inputs; whoever asks has to see to it that it counts later."""
+        if isinstance(value, torch.Tensor):
+            return tuple(value.shape)
+        return self.facts.shape(value.node) if self.facts is not None else None
+
     def settled_length(self, proxy: fx.Proxy) -> int:
         """How many parts a traced value has; the graph checks that it stays so.
 

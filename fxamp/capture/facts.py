@@ -104,6 +104,11 @@ class Facts:
             return UNTOLD
         return value
 
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """The shape of a node's value, or None when it is not told."""
+        value = self._value(node)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
     def length(self, node: fx.Node) -> int | None:
         """How many parts a tuple has, or a tensor when sizes are told; None when that is not known."""
         value = self._value(node)

@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.fx.node import _get_qualified_name
 
 from fxamp.capture.calls import MODE_CALLS, has_hooks
+from fxamp.policy.einsum import REACHES
 from fxamp.policy.spellings import aten_name
 from fxamp.policy.writes import writes_of
 
@@ -73,6 +74,7 @@ class Call:
         aten: the ATen operator it reaches, without a trailing ``_``; "" when none is known.
         steering: it computes nothing with tensors.
         writes: the values it writes to, or may write to.
+        views: it works on views of its arguments, of which autocast keeps no copy.
     """
 
     op: str
@@ -80,6 +82,7 @@ class Call:
     steering: bool = False
     inplace: bool = False
     writes: tuple[Any, ...] = ()
+    views: bool = False
 
 
 def nodes_in(argument: Any) -> list[fx.Node]:
@@ -128,7 +131,7 @@ def read_call(node: fx.Node, module_of: Callable[[str], Any]) -> Call:
     if _is_inplace(found) or (found and node.kwargs.get("inplace") is True):
         return Call(op, found.removesuffix("_"), inplace=True, writes=(*writes, _first(node)))
     # What cannot be seen into may write to whatever it gets.
-    return Call(op, found, writes=writes if found else (node.args, node.kwargs))
+    return Call(op, found, writes=writes if found else (node.args, node.kwargs), views=node.target in REACHES)
 
 
 def _first(node: fx.Node) -> Any:
@@ -162,6 +165,7 @@ def _spelled(node: fx.Node) -> str:
 
 
 _SHORT: Final[Mapping[str, str]] = {
+    **{_get_qualified_name(function): "torch.einsum" for function in REACHES},
     "torch.nn.functional.": "F.",
     "torch._C._nn.": "F.",
     "torch._C._linalg.linalg_": "torch.linalg.",

@@ -190,7 +190,7 @@ class _Planner:
 
     def _through_casts(self, node: fx.Node, call: Call, decision: Decision) -> Decision:
         target, how = self._target(node, decision)
-        casts = self._casts(node, target, decision) if target is not None else ()
+        casts = self._casts(node, target, decision, share=not call.views) if target is not None else ()
         cast_inputs = _after(decision, casts)
         output = self._result(node, call, decision.inputs, cast_inputs)
         runs_in = _computes_in(target, cast_inputs, output)
@@ -222,7 +222,7 @@ class _Planner:
             if wanted:
                 soft = None in wanted or not isinstance(flow, Value)
                 cast = Cast(slot, source.name, target, soft)
-                casts.append(self.sharing.shared(cast, source, decision.state) if share else cast)
+                casts.append(self.sharing.cast(cast, source, decision.state, share=share))
         return tuple(casts)
 
     def _result(self, node: fx.Node, call: Call, inputs: tuple[Flow, ...], cast_inputs: tuple[Value, ...]) -> Flow:

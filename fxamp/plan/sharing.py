@@ -79,12 +79,14 @@ class Sharing:
         for module in self._modules(node):
             self._writes.touch(storage_of(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
-    def shared(self, cast: Cast, source: fx.Node, state: AutocastState) -> Cast:
+    def cast(self, cast: Cast, source: fx.Node, state: AutocastState, *, share: bool) -> Cast:
         """The cast with the key under which it is shared, or marked to be looked up at run time."""
         value = self._attribute(str(source.target)) if source.op == "get_attr" else None
         weight = isinstance(value, nn.Parameter)
         trained = weight and value.requires_grad  # type: ignore[union-attr]
         cast = replace(cast, weight=weight, epoch=state.epoch)
+        if not share:
+            return cast
         cast = replace(cast, version=self._writes.version(source, guessed=False))
         # autocast has one copy of a weight with gradients; whether another tensor is one with it, nobody would tell.
         version = cast.version if trained else self._writes.version(source)

@@ -138,7 +138,7 @@ float_power                      same                same
 float_power_                     same                same
 ger                              same                same
 get_device                       same                same
-gradient                         same                same
+gradient                         same                -
 greater                          same                same
 greater_                         same                same
 greater_equal                    same                same
@@ -184,6 +184,7 @@ linalg_lu_factor                 same                same
 linalg_matmul                    matmul              matmul
 linalg_matrix_norm               listed              same
 linalg_matrix_rank               same                listed
+linalg_multi_dot                 listed              mm
 linalg_norm                      linalg_vector_norm  same
 linalg_slogdet                   same                same
 linalg_solve                     same                listed

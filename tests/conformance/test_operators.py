@@ -1,7 +1,7 @@
 """Every operator that torch has samples of, converted, does what eager autocast does: dtypes, bits, gradients.
 
-For the rules of a CPU the reference is torch.autocast itself; for those of a GPU it is ``tests.oracle``. Each call is made as a
-function and as a method, for inputs in float32 and mixed, under both low dtypes, with and without example inputs.
+For the rules of a CPU the reference is torch.autocast itself; for those of a GPU it is ``tests.oracle``. Each call is
+made as a function and as a method, for float32 and mixed inputs, in both low dtypes, with example inputs and without.
 """
 
 from __future__ import annotations
