@@ -9,6 +9,7 @@ Integration and LossNLL have it). One that asks for a dimension or a size can be
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any, Final
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import _reduction as _Reduction
 
 from fxamp.policy.einsum import einsum_call
 
-__all__ = ["COMPOSED"]
+__all__ = ["composed"]
 
 
 def _cross_entropy(
@@ -54,6 +55,19 @@ def _cross_entropy(
     elif reduction == "sum":
         smooth = smooth.sum()
     return (1 - label_smoothing) * loss + smooth * share
+
+
+def _cross_entropy_loss(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Any:
+    """As the operator itself takes it."""
+    how = {_Reduction.get_enum(word): word for word in ("none", "mean", "sum")}[reduction]
+    return _cross_entropy(input, target, weight, None, ignore_index, None, how, label_smoothing)
 
 
 def _of_probabilities(
@@ -93,10 +107,6 @@ def _inner(input: Any, other: Any) -> Any:
     if input.dim() == 0 or other.dim() == 0:
         return input * other
     return torch.tensordot(input, other, ([-1], [-1]))
-
-
-def _ldexp(input: Any, other: Any) -> Any:
-    return input * torch.pow(2.0, other)
 
 
 def _matrix_power(input: Any, n: int, *, out: None = None) -> Any:
@@ -189,12 +199,18 @@ def _product(sizes: Sequence[Any]) -> Any:
     return total
 
 
-COMPOSED: Final[Mapping[str, Callable[..., Any]]] = {
+def composed(aten: str, target: Any) -> Callable[..., Any] | None:
+    """What to trace in place of a call of this operator, made through ``target``; None when it is not taken apart."""
+    if aten == "cross_entropy_loss" and not isinstance(target, FunctionType):
+        return _cross_entropy_loss
+    return _COMPOSED.get(aten)
+
+
+_COMPOSED: Final[Mapping[str, Callable[..., Any]]] = {
     "cross_entropy_loss": _cross_entropy,
     "cumulative_trapezoid": _cumulative_trapezoid,
     "einsum": _einsum,
     "inner": _inner,
-    "ldexp": _ldexp,
     "linalg_matrix_power": _matrix_power,
     "matrix_power": _matrix_power,
     "pairwise_distance": _pairwise_distance,

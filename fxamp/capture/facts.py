@@ -236,7 +236,7 @@ def moved(value: Any, device: str) -> Any:
     def move(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
-    return pytree.tree_map_only(torch.Tensor, move, value)
+    return value if isinstance(value, torch.Size) else pytree.tree_map_only(torch.Tensor, move, value)
 
 
 def run_on_fakes(module: nn.Module, args: Any, kwargs: Mapping[str, Any], fake: Callable[[Any], Any]) -> Any:

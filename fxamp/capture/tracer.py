@@ -20,7 +20,7 @@ from torch.fx.proxy import TraceError
 from fxamp.capture.bodies import body_of, gives_no_weights
 from fxamp.capture.builtins import shadowed_builtins, shadowed_numbers
 from fxamp.capture.calls import assign, has_hooks
-from fxamp.capture.composed import COMPOSED
+from fxamp.capture.composed import composed
 from fxamp.capture.deciding import DecidingTracer
 from fxamp.capture.facts import Facts
 from fxamp.capture.patches import (
@@ -178,10 +178,11 @@ class AmpTracer(DecidingTracer):
         found = aten_name(kind, target, *_nodes_of((args, kwargs)))
         if found is None:
             return body_of(kind, target)
-        if found not in COMPOSED or self._device_type is None or explicit(found, self._device_type):
+        if self._device_type is None or explicit(found, self._device_type):
             return None
-        self.composed = True
-        return COMPOSED[found]
+        parts = composed(found, target)
+        self.composed |= parts is not None
+        return parts
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -197,7 +198,10 @@ class AmpTracer(DecidingTracer):
         return path
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LEAVES) or has_hooks(m)
+        # A subclass with a forward of its own is the user's to look into.
+        kind = next((kind for kind in type(m).__mro__ if "forward" in vars(kind)), nn.Module)
+        own = not kind.__module__.startswith("torch.")
+        return (isinstance(m, _LEAVES) and not own) or has_hooks(m)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if id(m) not in self._modules:

@@ -184,7 +184,6 @@ linalg_lu_factor                 same                same
 linalg_matmul                    matmul              matmul
 linalg_matrix_norm               listed              same
 linalg_matrix_rank               same                listed
-linalg_multi_dot                 listed              mm
 linalg_norm                      linalg_vector_norm  same
 linalg_slogdet                   same                same
 linalg_solve                     same                listed

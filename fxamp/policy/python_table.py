@@ -9,7 +9,9 @@ from typing import Final
 
 __all__ = ["CAST_METHODS", "FUNCTIONS", "METHODS", "OPERATOR_MODULE"]
 
-CAST_METHODS: Final = frozenset("float double half bfloat16 int long bool type".split())
+CAST_METHODS: Final = frozenset(
+    "float double half bfloat16 cfloat cdouble chalf byte char short int long bool type".split()
+)
 """Methods that are a cast, kept under their own names: the name says to which dtype."""
 
 # Functions written in Python. Third column: an argument that, when it is given and not None or False, makes
