@@ -26,16 +26,16 @@ from fxamp.capture.clone import clone_trees
 from fxamp.capture.entry import Entry
 from fxamp.capture.facts import Facts
 from fxamp.capture.failures import capture_error, name_of
+from fxamp.capture.outside import Outside
 from fxamp.capture.patches import python_state
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.capture.surroundings import (
     Ambient,
     autocast_answers,
-    caches_emptied,
     changed_modules,
     check_root,
     modes,
-    purged,
+    put_back,
 )
 from fxamp.capture.tracer import THIS, WHOLE, AmpTracer
 from fxamp.errors import CaptureError
@@ -225,16 +225,19 @@ class Program:
             entry.model = tracer.call_whole
         state = {path: python_state(module) for path, module in modules.items()}
         drawn = torch.get_rng_state()
-        with modes(modules, training), autocast_answers(ambient) as asked, caches_emptied(modules.values()):
+        outside = Outside(modules.values(), self._function)
+        users_own = modules if self._function is not None else {}
+        with put_back(users_own), modes(modules, training), autocast_answers(ambient) as asked:
             try:
                 graph = tracer.run(entry.names(), numbers=numbers)
-                if purged(modules.values()):
-                    raise TraceError("keeps a traced value in a global or class variable")
+                if left := outside.restore():
+                    raise TraceError(left)
                 changed = changed_modules(modules, state)
                 check_root(changed, drawn)
             except Exception as error:
                 raise capture_error(self.name, error) from error
             finally:
+                outside.restore()
                 torch.set_rng_state(drawn)
         matters = tracer.composed or bool(asked) or (facts is not None and facts.told_dtypes)
         return Traced(graph, layout, tracer.untraceable, tracer.mode_readers, (ambient,) if matters else ()), changed

@@ -121,20 +121,22 @@ class AmpParameterProxy(_Recorded):
 
     @property
     def shape(self) -> torch.Size:
+        self.node.meta["sized"] = True  # so that nobody gives it another size unnoticed
         return self._tensor.shape
 
     @property
     def ndim(self) -> int:
-        return self._tensor.ndim
+        return len(self.shape)
 
     def size(self, dim: int | None = None) -> torch.Size | int:
-        return self._tensor.shape if dim is None else self._tensor.shape[dim]
+        return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        return self._tensor.dim()
+        return len(self.shape)
 
     def numel(self) -> int:
-        return self._tensor.numel()
+        return self.shape.numel()
 
     def __len__(self) -> int:
+        self.node.meta["sized"] = True
         return len(self._tensor)

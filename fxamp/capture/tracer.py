@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
+from fxamp.capture.attributes import Attributes
 from fxamp.capture.bodies import body_of, gives_no_weights
 from fxamp.capture.builtins import shadowed_builtins, shadowed_numbers
 from fxamp.capture.calls import assign, has_hooks
@@ -26,7 +27,6 @@ from fxamp.capture.facts import Facts
 from fxamp.capture.patches import (
     autograd_functions,
     check_random_state,
-    modules_watched,
     random_calls,
     random_state,
     refusals,
@@ -95,21 +95,25 @@ class AmpTracer(DecidingTracer):
         super().__init__(facts)
         self.untraceable: dict[str, str] = dict(untraceable or {})
         self.extras = extras
-        self.mode_readers: dict[str, bool] = {}
         self.composed = False
         self._device_type = device_type
         self._entry = entry
         self._regions = RegionRecorder(self._emit)
         self._names: list[str] = []
-        self._proxies: dict[str, fx.Proxy] = {}
-        self._written: list[tuple[nn.Module, str, bool, Any]] = []
+        self._proxies: dict[str, AmpParameterProxy] = {}
         self._modules = {id(module): path for path, module in modules.items()}
+        self._attributes = Attributes(self._modules, self._assign, self._was_sized)
         self._tensors: dict[int, str] = {}
         for path, module in modules.items():
             own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
             for name, tensor in own:
                 self._tensors.setdefault(id(tensor), f"{path}.{name}".lstrip("."))
         self.root = root
+
+    @property
+    def mode_readers(self) -> dict[str, bool]:
+        """Path of each module whose ``training`` flag was read, and the flag."""
+        return self._attributes.mode_readers
 
     def run(self, names: list[str], *, numbers: bool = False) -> fx.Graph:
         """The graph of the entry point, with a placeholder for each of ``names``.
@@ -123,7 +127,7 @@ class AmpTracer(DecidingTracer):
         try:
             with ExitStack() as stack:
                 stack.enter_context(self._regions.recording())
-                stack.enter_context(modules_watched(self._modules, self._read_training, self._set_attribute))
+                stack.enter_context(self._attributes.watched())
                 stack.enter_context(autograd_functions(self._record))
                 stack.enter_context(random_calls(self._record))
                 stack.enter_context(refusals())
@@ -132,7 +136,7 @@ class AmpTracer(DecidingTracer):
                 return super().trace(self.root)
         finally:
             torch.set_grad_enabled(grad_mode)
-            self._undo_writes(0)
+            self._attributes.undo()
 
     # -- hooks of torch.fx.Tracer ------------------------------------------------------------------
 
@@ -273,7 +277,8 @@ class AmpTracer(DecidingTracer):
     def _mark(self) -> _Mark:
         last = next(iter(reversed(self.graph.nodes)), self.graph._root)
         scope = (self.scope.module_path, self.scope.module_type)
-        return _Mark(last, len(self._proxies), scope, dict(self.module_stack), len(self._written), len(self._refused))
+        written, refused = self._attributes.mark(), len(self._refused)
+        return _Mark(last, len(self._proxies), scope, dict(self.module_stack), written, refused)
 
     def _go_back(self, mark: _Mark) -> None:
         for node in reversed(self.graph.nodes):
@@ -285,32 +290,15 @@ class AmpTracer(DecidingTracer):
         self.scope.module_path, self.scope.module_type = mark.scope
         self.module_stack.clear()
         self.module_stack.update(mark.stack)
-        self._undo_writes(mark.written)
+        self._attributes.undo(mark.written)
         del self._refused[mark.refused :]
 
-    def _undo_writes(self, start: int) -> None:
-        while len(self._written) > start:
-            module, name, existed, value = self._written.pop()
-            if existed:
-                module.__dict__[name] = value
-            else:
-                module.__dict__.pop(name, None)
+    def _assign(self, module: nn.Module, name: str, value: fx.Proxy) -> None:
+        owner = self.create_node("get_attr", self._modules[id(module)] or THIS, (), {})
+        self.create_node("call_function", assign, (owner, name, value.node), {})
 
-    def _read_training(self, path: str, training: bool) -> None:
-        self.mode_readers[path] = training
-
-    def _set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        existed = name in module.__dict__
-        before = module.__dict__.get(name)
-        if isinstance(value, fx.Proxy) and existed and before is None:
-            raise TraceError(f"keeps self.{name} for the next call, which may go another way then")
-        if isinstance(value, fx.Proxy):
-            owner = self.create_node("get_attr", self._modules[id(module)] or THIS, (), {})
-            self.create_node("call_function", assign, (owner, name, value.node), {})
-        elif not (existed and (value is before or (type(value) is type(before) and value == before))):
-            raise TraceError(f"sets self.{name}, which a graph cannot carry to the next call")
-        self._written.append((module, name, existed, before))
-        module.__dict__[name] = value
+    def _was_sized(self, tensor: torch.Tensor) -> bool:
+        return any(proxy.node.meta.get("sized") and proxy._tensor is tensor for proxy in self._proxies.values())
 
 
 def _nodes_of(arguments: Any) -> Any:
