@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 from collections import deque
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
 import fxamp
-from tests.helpers import check_against_autocast
+from tests.helpers import assert_same, check_against_autocast
 
 BF16 = torch.bfloat16
 
 
 class Net(nn.Module):
-    """A module around a function of (module, inputs), with a linear layer and a weight at hand."""
+    """A module whose forward is a function, with a linear layer and a weight at hand."""
+
+    def __new__(cls, function: Any = None, **attributes: Any) -> Any:
+        kind = cls if function is None else type(cls.__name__, (cls,), {"forward": function})
+        return object.__new__(kind)
 
     def __init__(self, function: Any, **attributes: Any) -> None:
         super().__init__()
         self.fc = nn.Linear(8, 8)
         self.w = nn.Parameter(torch.randn(8, 8))
-        self.function = function
         for name, value in attributes.items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        return self.function(self, *inputs, **named)
 
 
 def rows() -> Tensor:
@@ -244,9 +246,10 @@ def in_the_class(m: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("function", [in_a_global, counting_in_a_global, in_the_class])
 def test_variables_that_a_forward_sets_are_refused_and_put_back(function: Any) -> None:
+    model = ClassDefault(function)
     with pytest.raises(fxamp.CaptureError, match="sets the global or class variable"):
-        fxamp.convert(ClassDefault(function))
-    assert (KEPT, CALLS, ClassDefault.h) == (None, 0, None)
+        fxamp.convert(model)
+    assert (KEPT, CALLS, type(model).h) == (None, 0, None)
 
 
 def test_what_is_written_and_read_in_one_call_is_followed() -> None:
@@ -287,3 +290,163 @@ def test_a_function_that_is_refused_leaves_its_modules_as_they_were() -> None:
     assert model.low is low
     assert model.seen is seen
     assert seen == []
+
+
+# -- what the model asks about gradients -----------------------------------------------------------------
+
+
+def on_grad_mode(m: Any, x: Tensor) -> Tensor:
+    return m.fc(x) if torch.is_grad_enabled() else m.fc(x) * 2
+
+
+def on_imported_grad_mode(m: Any, x: Tensor) -> Tensor:
+    return m.fc(x) if is_grad_enabled() else m.fc(x) * 2
+
+
+def on_inference_mode(m: Any, x: Tensor) -> Tensor:
+    return m.fc(x) * (2 if torch.is_inference_mode_enabled() else 3)
+
+
+def inside_of_regions(m: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        scale = 2.0 if torch.is_grad_enabled() else 3.0
+        scale += 5 if torch.is_inference_mode_enabled() else 7
+        with torch.enable_grad():
+            scale += 10 if torch.is_grad_enabled() else 20
+    return m.fc(x) * scale * (2 if torch.is_grad_enabled() else 5)
+
+
+GRAD_CONTEXTS: Any = (torch.enable_grad, torch.no_grad, torch.inference_mode, torch.enable_grad)
+
+
+def equal_in(contexts: Any, amp: Any, eager: Any, *args: Any, **named: Any) -> None:
+    for context in contexts:
+        with context(), torch.autocast("cpu", BF16):
+            expected = eager(*args, **named)
+        with context():
+            assert_same(amp(*args, **named), expected, context.__name__)
+
+
+@pytest.mark.parametrize("examples", [False, True])
+@pytest.mark.parametrize("function", [on_grad_mode, on_imported_grad_mode, on_inference_mode, inside_of_regions])
+@pytest.mark.parametrize("converted_in", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_grad_mode_is_that_of_each_call(function: Any, examples: bool, converted_in: Any) -> None:
+    model, x = Net(function), rows()
+    with converted_in():
+        amp = fxamp.convert(model, dtype=BF16, example_inputs=(x,) if examples else None)
+    equal_in(GRAD_CONTEXTS, amp, model, x)
+    equal_in(GRAD_CONTEXTS, amp.eval(), model.eval(), x)
+    equal_in(GRAD_CONTEXTS, copy.deepcopy(amp), model, x)
+
+
+def test_a_model_that_does_not_ask_has_one_graph_for_every_grad_mode() -> None:
+    model = Net(lambda m, x: F.layer_norm(m.fc(x), (8,)))
+    amp = fxamp.convert(model, dtype=BF16)
+    equal_in(GRAD_CONTEXTS, amp, model, rows())
+    assert len(amp._conversion.variants) == 2
+
+
+def penalty(m: Any, x: Tensor) -> Tensor:
+    return m.fc(x).float().sum() + sum(p.pow(2).sum() for p in m.parameters() if p.requires_grad)
+
+
+def on_one_weight(m: Any, x: Tensor) -> Tensor:
+    return m.fc(x) if m.w.requires_grad else m.fc(x.detach()) * 2
+
+
+def on_a_dtype(m: Any, x: Tensor) -> Tensor:
+    return m.fc(x.to(next(m.parameters()).dtype))
+
+
+@pytest.mark.parametrize("function", [penalty, on_one_weight])
+def test_whether_a_parameter_is_trained_is_asked_at_each_call(function: Any) -> None:
+    model, x = Net(function), rows()
+    amp = fxamp.convert(model, dtype=BF16)
+    for trained in (True, False, True):
+        model.w.requires_grad_(trained)
+        equal_in([torch.enable_grad], amp, model, x)
+    model.fc.weight.requires_grad_(False)
+    equal_in(GRAD_CONTEXTS, amp, model, x)
+
+
+def test_a_frozen_module_goes_the_way_of_the_one_that_was_frozen() -> None:
+    model, x = Net(penalty), rows()
+    amp = fxamp.convert(model, dtype=BF16).eval()
+    frozen = amp.freeze()
+    assert_same(frozen(x), amp(x))
+    assert all(p.requires_grad for p in model.parameters()), "what was frozen is left as it is"
+    assert not any(p.requires_grad for p in frozen.parameters())
+    with pytest.raises(fxamp.PolicyError, match=r"its weights in torch.bfloat16(?s:.*)hint: replan before amp.freeze"):
+        amp.freeze().replan("full")
+
+
+def test_a_dtype_that_is_asked_of_a_parameter_is_asked_again() -> None:
+    model, x = Net(on_a_dtype), rows()
+    amp = fxamp.convert(copy.deepcopy(model), dtype=BF16)
+    equal_in([torch.enable_grad], amp, model, x)
+    equal_in([torch.enable_grad], amp.double(), model.double(), x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.fc(x) if next(m.parameters()).grad is None else m.fc(x) * 2,
+        lambda m, x: m.fc(x) if m.w.grad is None else m.fc(x) * 2,
+        lambda m, x: m.fc(x) if x.grad_fn is None else m.fc(x) * 2,
+    ],
+)
+def test_what_may_be_none_of_a_tensor_is_refused(function: Any) -> None:
+    with pytest.raises(fxamp.CaptureError, match=r"reads \.grad.* of a tensor, which may be None at another call"):
+        fxamp.convert(Net(function))
+    check_against_autocast(nn.Sequential(nn.Linear(8, 8), Net(function)), rows())
+
+
+# -- numbers that code branches on -----------------------------------------------------------------------
+
+
+def scheduled(m: Any, x: Tensor, step: int = 0) -> Tensor:
+    return m.fc(x) if step > 100 else m.fc(x) * 2
+
+
+def warming_up(m: Any, x: Tensor, step: float) -> Tensor:
+    y = m.fc(x) * step
+    if step < 10 and 10 / (step + 1) > 1:
+        y = y + torch.randn(8)
+    return y
+
+
+def repeating(m: Any, x: Tensor, times: int = 1) -> Tensor:
+    for _ in range(times):
+        x = m.fc(x)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("function", "numbers"),
+    [(scheduled, (50, 150, 60, 100, 101)), (warming_up, (50.0, 3.0, 9.0, 20.0)), (repeating, (2, 5, 2))],
+)
+@pytest.mark.parametrize("examples", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_number_that_goes_another_way_gets_another_graph(
+    function: Any, numbers: Any, examples: bool, named: bool
+) -> None:
+    model, x = Net(function), rows()
+    step = next(reversed(inspect.signature(function).parameters))
+    if examples is False and function is warming_up:
+        return  # refused: it needs an example of its number
+    amp = fxamp.convert(model, dtype=BF16, example_inputs=(x, numbers[0]) if examples else None)
+    for number in numbers:
+        args, kwargs = ((x,), {step: number}) if named and function is not warming_up else ((x, number), {})
+        torch.manual_seed(0)
+        with torch.autocast("cpu", BF16):
+            expected = model(*args, **kwargs)
+        torch.manual_seed(0)
+        assert_same(amp(*args, **kwargs), expected)
+
+
+def test_a_hundred_numbers_on_one_way_share_a_graph() -> None:
+    model, x = Net(scheduled), rows()
+    amp = fxamp.convert(model, dtype=BF16)
+    for step in range(200):
+        equal_in([torch.enable_grad], amp, model, x, step)
+    assert len(amp._conversion.variants) <= 5

@@ -31,6 +31,7 @@ from fxamp.capture.calls import (
     restore_states,
     set_rng_state,
 )
+from fxamp.capture.proxy import MAY_BE_NONE
 
 __all__ = [
     "autograd_functions",
@@ -47,13 +48,16 @@ Record = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 @contextmanager
 def tensor_calls(
-    record: Record, record_method: Callable[[str, tuple[Any, ...], dict[str, Any]], Any]
+    record: Record,
+    record_method: Callable[[str, tuple[Any, ...], dict[str, Any]], Any],
+    answer: Callable[[torch.Tensor, str], Any],
 ) -> Iterator[None]:
     """Records what torch.fx would compute now and freeze: tensors made from nothing, and work on real tensors.
 
     Args:
         record: called with a function of torch and its arguments.
         record_method: called with the name of a method or attribute of a tensor and the arguments.
+        answer: called with a real tensor and the name of an attribute that may be another one at a later call.
     """
     made = _device._device_constructors() | {torch.normal}
 
@@ -72,6 +76,9 @@ def tensor_calls(
             name = getattr(func, "__name__", "")
             if name == "__get__":  # an attribute, such as ``p.data``
                 attribute = func.__self__.__name__
+                if attribute in _CHANGING:
+                    with torch._C.DisableTorchFunctionSubclass():
+                        return answer(args[0], attribute)
                 return record(getattr, (args[0], attribute), {}) if attribute in _VIEWS else func(*args)
             if name in _FACTS or not _has_tensor(args, kwargs):
                 return func(*args, **kwargs)
@@ -91,7 +98,8 @@ _FACTS: Final = frozenset(
     "is_signed get_device is_pinned is_inference has_names __len__ __hash__ __repr__ __format__ is_same_size "
     "__deepcopy__ __reduce_ex__ untyped_storage data_ptr __setstate__".split()
 )
-_VIEWS: Final = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad"})
+_VIEWS: Final = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
+_CHANGING: Final = frozenset({"requires_grad", "is_leaf", "dtype", "device", *MAY_BE_NONE})
 
 
 @contextmanager

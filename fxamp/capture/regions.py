@@ -17,6 +17,9 @@ import torch
 
 from fxamp.capture.calls import enter_inference_mode, exit_inference_mode
 
+# The question itself, for what the graph asks; a model's own is noted while it is traced.
+_is_grad_enabled = torch.is_grad_enabled
+
 __all__ = ["AutocastState", "Region", "RegionRecorder", "autocast_as", "state_of"]
 
 
@@ -76,13 +79,23 @@ def autocast_as(device_type: str, dtype: torch.dtype, *, enabled: bool) -> Itera
 class RegionRecorder:
     """Records the regions that are open while a model is traced.
 
+    Attributes:
+        open: the autocast regions.
+        asked: whether the model asked for the grad mode.
+
     Args:
         emit: called with a function and its arguments to put a call into the graph; returns its proxy.
+        inference: whether the model is traced as in ``torch.inference_mode``.
+        counts: whether what runs now is the model's program.
     """
 
-    def __init__(self, emit: Callable[..., Any]) -> None:
+    def __init__(self, emit: Callable[..., Any], inference: bool, counts: Callable[[], bool]) -> None:
         self.open: tuple[Region, ...] = ()
+        self.asked = False
         self._emit = emit
+        self._inference = inference
+        self._counts = counts
+        self._outer_inference: list[tuple[bool, bool]] = []
         self._count = 0
         self._outer: dict[int, list[Any]] = {}
         self._inside = False
@@ -125,11 +138,11 @@ class RegionRecorder:
         if self._inside:
             original(region, *args)
             return
-        before = self._emit(torch.is_grad_enabled)
+        before = self._emit(_is_grad_enabled)
         self._inside = True
         original(region, *args)
         self._inside = False
-        self._emit(torch._C._set_grad_enabled, torch.is_grad_enabled())
+        self._emit(torch._C._set_grad_enabled, _is_grad_enabled())
         self._outer.setdefault(id(region), []).append(before)
 
     def _grad_exit(self, original: Any, region: Any, *exc: Any) -> None:
@@ -142,10 +155,26 @@ class RegionRecorder:
 
     # Not entered for real: what tracing itself creates must not become inference tensors.
     def _inference_enter(self, original: Any, region: Any) -> None:
-        self._emit(enter_inference_mode, bool(region.mode))
+        mode = bool(region.mode)
+        self._outer_inference.append((_is_grad_enabled(), self._inference))
+        self._inference = mode
+        torch._C._set_grad_enabled(not mode)
+        self._emit(enter_inference_mode, mode)
 
     def _inference_exit(self, original: Any, region: Any, *exc: Any) -> None:
+        grad, self._inference = self._outer_inference.pop()
+        torch._C._set_grad_enabled(grad)
         self._emit(exit_inference_mode)
+
+    def is_grad_enabled(self) -> bool:
+        """The answer to ``torch.is_grad_enabled()`` of the model."""
+        self.asked |= self._counts() and not self._inside
+        return _is_grad_enabled()
+
+    def is_inference_mode_enabled(self) -> bool:
+        """The answer to ``torch.is_inference_mode_enabled()`` of the model."""
+        self.asked |= self._counts()
+        return self._inference
 
 
 def _autocast_init(

@@ -6,20 +6,19 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Final, TypeAlias
-from unittest import mock
+from typing import Any, Final
 
 import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
+from fxamp.capture.outside import Outside
 from fxamp.capture.patches import python_state
 from fxamp.capture.regions import autocast_as
+from fxamp.capture.setting import Ambient
 
-__all__ = ["Ambient", "autocast_answers", "changed_modules", "check_root", "modes", "put_back"]
-
-Ambient: TypeAlias = tuple[str, torch.dtype] | None
+__all__ = ["autocast_answers", "changed_modules", "check_root", "modes", "put_back"]
 
 _QUESTIONS: Final = tuple(
     name
@@ -48,11 +47,12 @@ def modes(modules: Mapping[str, nn.Module], training: Mapping[str, bool]) -> Ite
 
 
 @contextmanager
-def autocast_answers(ambient: Ambient) -> Iterator[set[str]]:
+def autocast_answers(ambient: Ambient, outside: Outside) -> Iterator[set[str]]:
     """Autocast switched on for whoever asks.
 
     Args:
         ambient: device type and dtype of the autocast that a model is traced for, or None.
+        outside: the files that may ask.
 
     Yields:
         The questions that were asked: what is traced then is right for this autocast only.
@@ -68,9 +68,9 @@ def autocast_answers(ambient: Ambient) -> Iterator[set[str]]:
 
         return answer
 
-    answers: dict[str, Any] = {name: noting(name) for name in _QUESTIONS}
+    answers = {getattr(torch, name): noting(name) for name in _QUESTIONS}
     switched_on = nullcontext() if ambient is None else autocast_as(*ambient, enabled=True)
-    with switched_on, mock.patch.multiple(torch, **answers):
+    with switched_on, outside.answering(answers):
         yield asked
 
 

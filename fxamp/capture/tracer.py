@@ -32,8 +32,10 @@ from fxamp.capture.patches import (
     refusals,
     tensor_calls,
 )
-from fxamp.capture.proxy import AmpParameterProxy, AmpProxy, SettlingProxy
+from fxamp.capture.proxy import MAY_BE_NONE, AmpParameterProxy, AmpProxy, SettlingProxy
 from fxamp.capture.regions import RegionRecorder
+from fxamp.capture.setting import Ambient, Setting, Traced
+from fxamp.capture.signature import Layout
 from fxamp.capture.source import user_line
 from fxamp.policy.operators import explicit
 from fxamp.policy.spellings import aten_name
@@ -68,9 +70,8 @@ class _Mark(NamedTuple):
 class AmpTracer(DecidingTracer):
     """Traces one entry point of one module tree, once.
 
-    After ``run``: ``untraceable`` has the reason for each module that stayed a call because it had to,
-    ``mode_readers`` the modules whose ``training`` flag was read, with its value, and ``composed`` says whether an
-    operator was taken apart for the device type.
+    After ``run``: ``untraceable`` has the reason for each module that stayed a call because it had to, and
+    ``composed`` says whether an operator was taken apart for the device type.
 
     Args:
         root: the model, or what holds the modules of a function; its own state may be changed.
@@ -79,7 +80,7 @@ class AmpTracer(DecidingTracer):
         extras: tensors that no module owns, by the name they are read under; new ones are added.
         untraceable: modules known to have to stay calls, with the reason.
         facts: what example inputs tell.
-        device_type: whose rules the graph is for.
+        setting: what surrounds the trace, and with its autocast, whose rules the graph is for.
     """
 
     def __init__(
@@ -88,17 +89,19 @@ class AmpTracer(DecidingTracer):
         modules: Mapping[str, nn.Module],
         entry: Callable[..., Any],
         extras: dict[str, torch.Tensor],
-        untraceable: Mapping[str, str] | None = None,
-        facts: Facts | None = None,
-        device_type: str | None = None,
+        untraceable: Mapping[str, str],
+        facts: Facts | None,
+        setting: Setting,
     ) -> None:
         super().__init__(facts)
-        self.untraceable: dict[str, str] = dict(untraceable or {})
+        self.untraceable: dict[str, str] = dict(untraceable)
         self.extras = extras
         self.composed = False
-        self._device_type = device_type
+        self._setting = setting
+        self._device_type = setting.ambient[0] if setting.ambient is not None else None
         self._entry = entry
-        self._regions = RegionRecorder(self._emit)
+        self._regions = RegionRecorder(self._emit, setting.grad.inference, lambda: facts is None or not facts.running)
+        self._asked: dict[tuple[str, str], Any] = {}
         self._names: list[str] = []
         self._proxies: dict[str, AmpParameterProxy] = {}
         self._modules = {id(module): path for path, module in modules.items()}
@@ -110,11 +113,6 @@ class AmpTracer(DecidingTracer):
                 self._tensors.setdefault(id(tensor), f"{path}.{name}".lstrip("."))
         self.root = root
 
-    @property
-    def mode_readers(self) -> dict[str, bool]:
-        """Path of each module whose ``training`` flag was read, and the flag."""
-        return self._attributes.mode_readers
-
     def run(self, names: list[str], *, numbers: bool = False) -> fx.Graph:
         """The graph of the entry point, with a placeholder for each of ``names``.
 
@@ -123,7 +121,6 @@ class AmpTracer(DecidingTracer):
             numbers: record ``int`` and ``float`` of traced values too.
         """
         self._names = names
-        grad_mode = torch.is_grad_enabled()
         try:
             with ExitStack() as stack:
                 stack.enter_context(self._regions.recording())
@@ -131,18 +128,26 @@ class AmpTracer(DecidingTracer):
                 stack.enter_context(autograd_functions(self._record))
                 stack.enter_context(random_calls(self._record))
                 stack.enter_context(refusals())
-                stack.enter_context(tensor_calls(self._record, self._record_method))
+                stack.enter_context(tensor_calls(self._record, self._record_method, self.answer))
                 stack.enter_context(shadowed_builtins(numbers=numbers))
                 return super().trace(self.root)
         finally:
-            torch.set_grad_enabled(grad_mode)
             self._attributes.undo()
+
+    def traced(self, graph: fx.Graph, layout: Layout, ambient: tuple[()] | tuple[Ambient]) -> Traced:
+        """The graph that ``run`` gave, with what it is good for."""
+        grad = (self._setting.grad,) if self._regions.asked else ()
+        return Traced(graph, layout, self.untraceable, self._attributes.mode_readers, ambient, grad, self._asked)
 
     # -- hooks of torch.fx.Tracer ------------------------------------------------------------------
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         del root_fn, is_module, concrete_args
-        return self._call_entry, [self.create_proxy("placeholder", name, (), {}) for name in self._names]
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self._names]
+        if self.facts is not None:
+            for proxy in proxies:
+                proxy.node.meta["number"] = self.facts.kind(proxy.node) in {int, float}
+        return self._call_entry, proxies
 
     def _call_entry(self, *proxies: fx.Proxy) -> Any:
         drawn = random_state()
@@ -296,6 +301,23 @@ class AmpTracer(DecidingTracer):
     def _assign(self, module: nn.Module, name: str, value: fx.Proxy) -> None:
         owner = self.create_node("get_attr", self._modules[id(module)] or THIS, (), {})
         self.create_node("call_function", assign, (owner, name, value.node), {})
+
+    def grad_answers(self) -> dict[Callable[..., Any], Callable[..., Any]]:
+        """What the model is told that asks torch for the grad mode."""
+        return {
+            torch.is_grad_enabled: self._regions.is_grad_enabled,
+            torch.is_inference_mode_enabled: self._regions.is_inference_mode_enabled,
+        }
+
+    def answer(self, tensor: torch.Tensor, attribute: str) -> Any:
+        """What the model asks of a parameter or buffer of its own; the graph is for this answer only."""
+        if attribute in MAY_BE_NONE:
+            raise self._refusal(f"reads .{attribute} of a tensor, which may be None at another call")
+        value = getattr(tensor, attribute)
+        path = self._tensors.get(id(tensor)) or self.tensor_attrs.get(tensor)
+        if path is not None:
+            self._asked[path, attribute] = value
+        return value
 
     def _was_sized(self, tensor: torch.Tensor) -> bool:
         return any(proxy.node.meta.get("sized") and proxy._tensor is tensor for proxy in self._proxies.values())

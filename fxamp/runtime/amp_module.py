@@ -81,6 +81,8 @@ class AmpModule(fx.GraphModule):
         if any(not isinstance(values[i], torch.Tensor) for i in variant.asked):
             variant, values = self._variant_for(args, kwargs, bake_numbers=True)
             _check_asked(variant, values)
+        if variant.particular and not conversion.serves(variant, values):
+            variant, values = self._variant_for(args, kwargs)
         for module, training in variant.mode_flags:
             if module.training is not training:
                 raise _other_mode(self, module, training)

@@ -7,14 +7,14 @@ one. The later stages (rewriting, reporting) are handed in as functions, so that
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
-from fxamp.capture import Layout, Program, Traced, values_of
+from fxamp.capture import Ambient, Layout, Program, Setting, Traced, grad_mode, values_of
 from fxamp.errors import CaptureError, PolicyError, nearest
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
@@ -65,6 +65,8 @@ class Variant:
     guarded: bool = False
     mode_flags: tuple[tuple[nn.Module, bool], ...] = ()
     asked: tuple[int, ...] = ()  # placeholders whose type the model asked for
+    tensors: tuple[tuple[Callable[[], Any], str, Any], ...] = ()  # what the model asked of its own, and the answers
+    particular: bool = False  # whether it is not for every grad mode, whatever its tensors and numbers
 
 
 @dataclass
@@ -81,6 +83,7 @@ class Conversion:
         examples: the values of its placeholders, when example inputs were given.
         dtypes: those of the parameters and buffers when the graphs were planned.
         refused: layouts whose numbers have to be baked in.
+        frozen: whether the weights are stored in the low dtype.
     """
 
     program: Program
@@ -96,6 +99,7 @@ class Conversion:
     held: dict[Any, Any] | None = None
     dtypes: tuple[torch.dtype, ...] = ()
     refused: list[Layout] = field(default_factory=list)
+    frozen: bool = False
 
     @staticmethod
     def start(
@@ -120,9 +124,10 @@ class Conversion:
         self.dtypes = _dtypes(self.program.whole)
         known, self.traced = self.traced, []
         for mode, traced in known:
-            if traced.serves(traced.modes, _ambient(self.policy)):
+            setting = Setting(traced.modes, _ambient(self.policy), traced.grad[0] if traced.grad else grad_mode())
+            if traced.serves(setting, self._attribute):
                 self.traced.append((mode, traced))
-            else:
+            elif traced.layout == self.layout:
                 self._trace(mode, traced.layout)
         self.variants = [(mode, self._build(mode, traced)) for mode, traced in self.traced]
         self._check_op_overrides()
@@ -139,17 +144,22 @@ class Conversion:
         trees = any(slot.kind == "tree" for slot in self.layout)
         return len(values) if values == self.program.signature.required and not trees else -1
 
-    def _trace(self, mode: str, layout: Layout, examples: list[Any] | None = None) -> Traced:
-        flags = self.program.flags(mode)
+    def _trace(self, mode: str, layout: Layout, values: list[Any] | None = None) -> Traced:
+        """A graph for calls of this layout, with values like these, in this mode and the current grad mode."""
+        setting = Setting(self.program.flags(mode), _ambient(self.policy), grad_mode())
+        if layout == self.layout and (self.examples is None or values is None):
+            values = self.examples
         for _, known in self.traced:
-            if known.layout == layout and known.serves(flags, _ambient(self.policy)):
+            fits = known.layout == layout and known.serves(setting, self._attribute)
+            if fits and (values is None or known.goes_this_way(values)):
                 break
         else:
-            if layout == self.layout:
-                examples = self.examples
-            known = self.program.trace(layout, flags, _ambient(self.policy), examples)
+            known = self.program.trace(layout, setting, values)
         self.traced.append((mode, known))
         return known
+
+    def _attribute(self, path: str) -> Any:
+        return self.program.attribute(path)
 
     def _build(self, mode: str, traced: Traced) -> Variant:
         for other, variant in self.variants:
@@ -157,14 +167,17 @@ class Conversion:
                 return variant
         examples = self.examples if traced.layout == self.layout else None
         plan, graph = self.stages.build(self.program, traced, self.policy, mode, examples)
-        return Variant(traced, plan, graph)
+        return self._variant(traced, plan, graph)
+
+    def _variant(self, traced: Traced, plan: PrecisionPlan, graph: fx.Graph) -> Variant:
+        tensors = tuple((self.program.reader(path), name, value) for (path, name), value in traced.tensors.items())
+        particular = bool(traced.grad or tensors) or traced.asks_numbers()
+        return Variant(traced, plan, graph, tensors=tensors, particular=particular)
 
     @property
     def base(self) -> Variant:
         """The graph of the current mode for the call that was converted."""
-        found = self._find(self.layout)
-        assert found is not None
-        return found
+        return next(v for mode, v in self.variants if mode == self.mode and v.traced.layout == self.layout)
 
     def variant_for(self, values: Mapping[str, Any], *, bake_numbers: bool = False) -> Variant:
         """The graph for a call with these arguments; numbers are baked in when code branches on them."""
@@ -182,23 +195,27 @@ class Conversion:
 
     def variant(self, layout: Layout, values: Mapping[str, Any]) -> Variant:
         """The graph for a call of this layout in the current mode; traced now when it is the first such call."""
-        found = self._find(layout)
-        if found is not None:
-            return found
+        flat = values_of(layout, values)
+        for mode, variant in self.variants:
+            if mode == self.mode and variant.traced.layout == layout and self.serves(variant, flat):
+                return variant
         if len(self.variants) >= MAX_VARIANTS:
             raise CaptureError(
                 f"{MAX_VARIANTS} kinds of calls were traced already: an optional argument changes with every call",
                 hint="pass what changes as a tensor",
             )
-        traced = self._trace(self.mode, layout, values_of(layout, values))
+        traced = self._trace(self.mode, layout, flat)
         self.variants.append((self.mode, self._build(self.mode, traced)))
         return self.variants[-1][1]
 
-    def _find(self, layout: Layout) -> Variant | None:
-        for mode, variant in self.variants:
-            if mode == self.mode and variant.traced.layout == layout:
-                return variant
-        return None
+    def serves(self, variant: Variant, values: Sequence[Any]) -> bool:
+        """Whether a graph of the current mode is one for the current grad mode, tensors and numbers."""
+        traced = variant.traced
+        return not variant.particular or (
+            traced.grad in ((), (grad_mode(),))
+            and all(getattr(read(), name) == value for read, name, value in variant.tensors)
+            and traced.goes_this_way(values)
+        )
 
     def follow_tensors(self) -> bool:
         """Plans anew when the tensors are on a device with other rules, or of other dtypes; whether they are."""
@@ -210,8 +227,21 @@ class Conversion:
         self._finish()
         return True
 
-    def replanned(self, policy: Policy) -> Conversion:
-        """A conversion of the same traces under another policy, with a module tree of its own."""
+    def replanned(self, policy: Policy, *, freezes: bool = False) -> Conversion:
+        """A conversion of the same traces under another policy, with a module tree of its own.
+
+        Args:
+            policy: the other one.
+            freezes: whether its weights are about to be stored in the low dtype, which is no news to the traces.
+
+        Raises:
+            PolicyError: when the weights were stored in the low dtype, and the policy would need them as they were.
+        """
+        if self.frozen and policy.name == "full":
+            raise PolicyError(
+                f"a frozen module has its weights in {self.policy.dtype}: policy 'full' needs them as they were",
+                hint="replan before amp.freeze()",
+            )
         asked = replace(self.asked, policy=policy)
         if policy.device_type is not None:
             asked = replace(asked, device_type=None)
@@ -224,7 +254,8 @@ class Conversion:
             asked=asked,
             policy=asked.resolve(program.whole),
             variants=[],
-            traced=list(self.traced),
+            traced=[(mode, replace(t, tensors={}) if freezes else t) for mode, t in self.traced],
+            frozen=self.frozen or freezes,
             scaler=GradScaler(enabled=False),
             held=None,
         )
@@ -247,7 +278,7 @@ class Conversion:
         variants = [
             (mode, replace(v.traced, graph=pack(v.traced.graph)), v.plan, pack(v.graph)) for mode, v in self.variants
         ]
-        names = ("program", "asked", "stages", "policy", "mode", "layout", "scaler", "dtypes")
+        names = ("program", "asked", "stages", "policy", "mode", "layout", "scaler", "dtypes", "frozen")
         return {"variants": variants, **{name: getattr(self, name) for name in names}}
 
     @staticmethod
@@ -258,7 +289,7 @@ class Conversion:
         for mode, traced, plan, graph in packed["variants"]:
             whole = replace(traced, graph=unpack(traced.graph))
             new.traced.append((mode, whole))
-            new.variants.append((mode, Variant(whole, plan, unpack(graph))))
+            new.variants.append((mode, new._variant(whole, plan, unpack(graph))))
         return new
 
 
@@ -268,7 +299,7 @@ def _base_layout(program: Program, mode: str, policy: Policy) -> Layout:
     for stars in range(1, MAX_STARS + 1) if program.signature.starred else ():
         layout = program.signature.base_layout(stars)
         try:
-            program.trace(layout, program.flags(mode), _ambient(policy))
+            program.trace(layout, Setting(program.flags(mode), _ambient(policy), grad_mode()))
         except CaptureError as error:
             failed = failed or error
         else:
@@ -278,7 +309,7 @@ def _base_layout(program: Program, mode: str, policy: Policy) -> Layout:
     return program.signature.base_layout()
 
 
-def _ambient(policy: Policy) -> tuple[str, torch.dtype] | None:
+def _ambient(policy: Policy) -> Ambient:
     if policy.name == "full" or policy.device_type is None or policy.dtype is None:
         return None
     return policy.device_type, policy.dtype
