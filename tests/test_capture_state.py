@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 from collections import deque
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -450,3 +452,199 @@ def test_a_hundred_numbers_on_one_way_share_a_graph() -> None:
     for step in range(200):
         equal_in([torch.enable_grad], amp, model, x, step)
     assert len(amp._conversion.variants) <= 5
+
+
+# -- None, where a trace has a value ---------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    value: Tensor
+    extra: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    x: Tensor
+    mask: Tensor | None = None
+    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Bag:
+    """A class that nothing is known of."""
+
+    def __init__(self, x: Tensor, mask: Tensor | None) -> None:
+        self.x, self.mask = x, mask
+
+    def get(self, name: str) -> Any:
+        return getattr(self, name, None)
+
+
+def of_a_state(m: Any, x: Tensor, state: Any) -> Tensor:
+    y = m.fc(x) + state[0]
+    return y * 3 if state[1] is None else y * state[1]
+
+
+def of_an_optional_state(m: Any, x: Tensor, state: Any = None) -> Tensor:
+    if state is None:
+        return m.fc(x)
+    return m.fc(x) * 3 if state[1] is None else m.fc(x) * 2
+
+
+def of_a_dict(m: Any, b: Any) -> Tensor:
+    y = m.fc(b["x"])
+    return y * 2 if b.get("mask") is None else y * b["mask"]
+
+
+def of_attributes(m: Any, b: Any) -> Tensor:
+    y = m.fc(b.x)
+    return y * 2 if b.mask is None else y * b.mask
+
+
+def of_an_asking_object(m: Any, b: Any) -> Tensor:
+    y = m.fc(b.x)
+    return y * 2 if b.get("mask") is None else y * 3
+
+
+def of_a_flag(m: Any, x: Tensor, options: Any) -> Tensor:
+    y = m.fc(x) * options["scale"]
+    return y * 2 if options["double"] and options["how"] != "sum" else y
+
+
+def two(value: Tensor) -> list[Any]:
+    return [value, torch.full((8,), 1.5)]
+
+
+X = torch.randn(4, 8)
+CONTAINERS: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {
+    "a tuple": (of_a_state, [(X, (X, None)), (X, (X, X + 1)), (X, [X, None]), (X, State(X, None)), (X, State(X, X))]),
+    "an optional tuple": (of_an_optional_state, [(X, (X, None)), (X,), (X, (X, X)), (X, None)]),
+    "a dict": (of_a_dict, [({"x": X},), ({"x": X, "mask": None},), ({"x": X, "mask": X + 1},), ({"mask": X, "x": X},)]),
+    "a dataclass": (of_attributes, [(Batch(X),), (Batch(X, X + 1),), (Batch(X, None, {"a": X}),)]),
+    "a namespace": (of_attributes, [(SimpleNamespace(x=X, mask=X),), (SimpleNamespace(x=X + 1, mask=X + 1),)]),
+    "flags": (
+        of_a_flag,
+        [
+            (X, {"scale": 2.0, "double": True, "how": "mean"}),
+            (X, {"scale": 3.0, "double": True, "how": "mean"}),
+            (X, {"scale": 2.0, "double": False, "how": "mean"}),
+            (X, {"scale": 2.0, "double": True, "how": "sum"}),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("policy", ["autocast", "full"])
+@pytest.mark.parametrize("examples", [False, True])
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_none_in_a_container_is_seen(name: str, examples: bool, policy: str) -> None:
+    function, calls = CONTAINERS[name]
+    model = Net(function)
+    if function is of_a_flag and not examples:
+        with pytest.raises(fxamp.CaptureError, match="depends on a tensor value"):
+            fxamp.convert(model)
+        return
+    names = list(inspect.signature(function).parameters)[1:]
+    for first in calls:
+        amp = fxamp.convert(model, dtype=BF16, example_inputs=first if examples else None, policy=policy)
+        for args in (first, *calls, first):
+            with torch.autocast("cpu", BF16, enabled=policy == "autocast"):
+                expected = model(*args)
+            assert_same(amp(*args), expected)
+            assert_same(amp(**dict(zip(names, args, strict=False))), expected)
+        assert_same(copy.deepcopy(amp)(*first), amp(*first))
+
+
+def test_none_in_an_object_that_nothing_is_known_of_is_an_error_at_least() -> None:
+    for function in (of_attributes, of_an_asking_object):
+        model = Net(function)
+        amp = fxamp.convert(model, dtype=BF16)
+        for first, second in ((None, X), (X, None)):
+            amp = fxamp.convert(model, dtype=BF16)
+            equal_in([torch.enable_grad], amp, model, Bag(X, first))
+            with pytest.raises(fxamp.CaptureError, match=r"goes another way.*the graph was made for (None|a value)"):
+                amp(Bag(X, second))
+
+
+class Counting(nn.Module):
+    """Cannot be traced into, and gives what it is asked for."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__()
+        self.calls, self.result = 0, result
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        return self.result(x)
+
+
+def asks_a_part(m: Any, x: Tensor) -> Tensor:
+    out = m.inner(m.fc(x))
+    return out[0] if out[1] is None else out[0] * 2
+
+
+def asks_a_nested_part(m: Any, x: Tensor) -> Tensor:
+    out = m.inner(m.fc(x))
+    return out[0] if out[1]["aux"] is None else out[0] * 2
+
+
+def asks_the_whole(m: Any, x: Tensor) -> Tensor:
+    y = m.fc(x)
+    return y if m.inner(y) is None else y * 2
+
+
+def asks_for_nothing(m: Any, x: Tensor) -> Tensor:
+    y = m.fc(x)
+    m.inner(y)
+    return y.relu()
+
+
+RESULTS: list[tuple[Any, Any, Any]] = [
+    (asks_a_part, lambda x: (x, x), lambda x: (x, None)),
+    (asks_a_nested_part, lambda x: (x, {"aux": x}), lambda x: (x, {"aux": None})),
+    (asks_the_whole, lambda x: x, lambda x: None),
+]
+
+
+@pytest.mark.parametrize(("function", "full", "empty"), RESULTS)
+def test_none_from_an_opaque_call_is_an_error_or_known_from_examples(function: Any, full: Any, empty: Any) -> None:
+    model, x = Net(function, inner=Counting(full)), rows()
+    for examples in (None, (x,)):
+        amp = fxamp.convert(copy.deepcopy(model), dtype=BF16, example_inputs=examples)
+        equal_in([torch.enable_grad], amp, model, x)
+        amp.inner.result = empty
+        with pytest.raises(
+            fxamp.CaptureError, match=r"at `.*` \(test_capture_state.py:\d+\) the graph was made for a va"
+        ):
+            amp(x)
+    model = Net(function, inner=Counting(empty))
+    equal_in([torch.enable_grad], fxamp.convert(copy.deepcopy(model), dtype=BF16, example_inputs=(x,)), model, x)
+
+
+def test_an_opaque_call_that_nobody_asks_may_give_none() -> None:
+    for examples in (None, (rows(),)):
+        model = Net(asks_for_nothing, inner=Counting(lambda x: None))
+        amp = fxamp.convert(copy.deepcopy(model), dtype=BF16, example_inputs=examples)
+        equal_in([torch.enable_grad], amp, model, rows())
+
+
+class Halves(torch.autograd.Function):
+    """Gives None for its second half."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        return x * 2, None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * 2
+
+
+def asks_a_function(m: Any, x: Tensor) -> Tensor:
+    out = Halves.apply(m.fc(x))
+    return out[0] if out[1] is None else out[0] * 2
+
+
+def test_none_from_a_function_of_the_users_is_an_error_or_known_from_examples() -> None:
+    model, x = Net(asks_a_function), rows()
+    with pytest.raises(fxamp.CaptureError, match="the graph was made for a value, found None"):
+        fxamp.convert(model, dtype=BF16)(x)

@@ -40,7 +40,11 @@ class _Recorded(fx.Proxy):
             raise AttributeError(name)  # numpy asks; it would take a traced value for an array
         attribute = (AmpAttribute if self.tracer.facts is None else SettlingAttribute)(self, name)  # type: ignore[attr-defined]
         if not callable(getattr(torch.Tensor, name, None)):
-            _ = attribute.node  # data, not a method: its value is taken here, not at the first use
+            # Data, not a method: its value is taken here, not at the first use.
+            value = self.tracer.create_proxy("call_function", getattr, (self, name), {})
+            if value is None:
+                return None
+            attribute._node = value.node
         return attribute
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
+from fxamp.capture.absent import may_be_none
 from fxamp.capture.attributes import Attributes
 from fxamp.capture.bodies import body_of, gives_no_weights
 from fxamp.capture.builtins import shadowed_builtins, shadowed_numbers
@@ -32,8 +33,7 @@ from fxamp.capture.patches import (
     refusals,
     tensor_calls,
 )
-from fxamp.capture.proxy import MAY_BE_NONE, AmpParameterProxy, AmpProxy, SettlingProxy
-from fxamp.capture.regions import RegionRecorder
+from fxamp.capture.proxy import AmpParameterProxy, AmpProxy, SettlingProxy
 from fxamp.capture.setting import Ambient, Setting, Traced
 from fxamp.capture.signature import Layout
 from fxamp.capture.source import user_line
@@ -93,17 +93,15 @@ class AmpTracer(DecidingTracer):
         facts: Facts | None,
         setting: Setting,
     ) -> None:
-        super().__init__(facts)
+        super().__init__(facts, setting)
         self.untraceable: dict[str, str] = dict(untraceable)
         self.extras = extras
         self.composed = False
-        self._setting = setting
         self._device_type = setting.ambient[0] if setting.ambient is not None else None
         self._entry = entry
-        self._regions = RegionRecorder(self._emit, setting.grad.inference, lambda: facts is None or not facts.running)
-        self._asked: dict[tuple[str, str], Any] = {}
         self._names: list[str] = []
         self._proxies: dict[str, AmpParameterProxy] = {}
+        self._by_path = modules
         self._modules = {id(module): path for path, module in modules.items()}
         self._attributes = Attributes(self._modules, self._assign, self._was_sized)
         self._tensors: dict[int, str] = {}
@@ -136,17 +134,14 @@ class AmpTracer(DecidingTracer):
 
     def traced(self, graph: fx.Graph, layout: Layout, ambient: tuple[()] | tuple[Ambient]) -> Traced:
         """The graph that ``run`` gave, with what it is good for."""
-        grad = (self._setting.grad,) if self._regions.asked else ()
-        return Traced(graph, layout, self.untraceable, self._attributes.mode_readers, ambient, grad, self._asked)
+        return Traced(graph, layout, self.untraceable, self._attributes.mode_readers, ambient, self.grad, self.asked)
 
     # -- hooks of torch.fx.Tracer ------------------------------------------------------------------
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         del root_fn, is_module, concrete_args
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in self._names]
-        if self.facts is not None:
-            for proxy in proxies:
-                proxy.node.meta["number"] = self.facts.kind(proxy.node) in {int, float}
+        self._note_kinds(proxies)
         return self._call_entry, proxies
 
     def _call_entry(self, *proxies: fx.Proxy) -> Any:
@@ -165,7 +160,8 @@ class AmpTracer(DecidingTracer):
             return None
         body = self._body(kind, target, args, kwargs)
         if body is None:
-            return super().create_proxy(kind, target, args, kwargs, *rest, **more)
+            proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+            return self._handed_out(proxy) if may_be_none(proxy.node, self._module_of) else proxy
         mark = self._mark()
         self._bodies += 1
         try:
@@ -240,9 +236,9 @@ class AmpTracer(DecidingTracer):
         outer = (self.scope.module_path, self.scope.module_type)
         self.scope.module_path, self.scope.module_type = path, type(m)
         try:
-            proxy = self.create_proxy("call_module", path, args, kwargs)
+            proxy = super().create_proxy("call_module", path, args, kwargs)
             proxy.node.meta["untraceable"] = self.untraceable.get(path, "")
-            return proxy
+            return self._handed_out(proxy) if may_be_none(proxy.node, self._module_of) else proxy
         finally:
             self.scope.module_path, self.scope.module_type = outer
 
@@ -261,18 +257,23 @@ class AmpTracer(DecidingTracer):
 
     # -- our own -----------------------------------------------------------------------------------
 
+    def _module_of(self, target: str) -> nn.Module:
+        return self.root if target == WHOLE else self._by_path[target]
+
     def _tensor_proxy(self, tensor: torch.Tensor) -> fx.Proxy:
-        name = self._tensors.get(id(tensor)) or self._plain_attribute(tensor)
+        name = self._path_of(tensor) or self._from_outside(tensor)
         if name not in self._proxies:
             node = self.create_node("get_attr", name, (), {})
             self._proxies[name] = AmpParameterProxy(node, self, tensor)
         return self._proxies[name]
 
-    def _plain_attribute(self, tensor: torch.Tensor) -> str:
-        """The name of a tensor that is no parameter or buffer: a plain attribute, or one from outside."""
-        name = self.tensor_attrs.get(tensor)
-        if name is None:
-            name = next((key for key, known in self.extras.items() if known is tensor), None)
+    def _path_of(self, tensor: torch.Tensor) -> str | None:
+        """Where a module has a tensor, as a parameter, a buffer or a plain attribute."""
+        return self._tensors.get(id(tensor)) or self.tensor_attrs.get(tensor)
+
+    def _from_outside(self, tensor: torch.Tensor) -> str:
+        """The name of a tensor that no module has."""
+        name = next((key for key, known in self.extras.items() if known is tensor), None)
         if name is None:
             name = f"_constant_{len(self.extras)}"
             self.extras[name] = tensor
@@ -301,23 +302,6 @@ class AmpTracer(DecidingTracer):
     def _assign(self, module: nn.Module, name: str, value: fx.Proxy) -> None:
         owner = self.create_node("get_attr", self._modules[id(module)] or THIS, (), {})
         self.create_node("call_function", assign, (owner, name, value.node), {})
-
-    def grad_answers(self) -> dict[Callable[..., Any], Callable[..., Any]]:
-        """What the model is told that asks torch for the grad mode."""
-        return {
-            torch.is_grad_enabled: self._regions.is_grad_enabled,
-            torch.is_inference_mode_enabled: self._regions.is_inference_mode_enabled,
-        }
-
-    def answer(self, tensor: torch.Tensor, attribute: str) -> Any:
-        """What the model asks of a parameter or buffer of its own; the graph is for this answer only."""
-        if attribute in MAY_BE_NONE:
-            raise self._refusal(f"reads .{attribute} of a tensor, which may be None at another call")
-        value = getattr(tensor, attribute)
-        path = self._tensors.get(id(tensor)) or self.tensor_attrs.get(tensor)
-        if path is not None:
-            self._asked[path, attribute] = value
-        return value
 
     def _was_sized(self, tensor: torch.Tensor) -> bool:
         return any(proxy.node.meta.get("sized") and proxy._tensor is tensor for proxy in self._proxies.values())

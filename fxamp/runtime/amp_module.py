@@ -22,13 +22,14 @@ from fxamp.errors import CaptureError, FxampError, describe
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
 from fxamp.runtime.casts import HELD, AmbientCall, Held, execution_device_type, leaf_cast
-from fxamp.runtime.conversion import Conversion, Variant
+from fxamp.runtime.conversion import Conversion
 from fxamp.runtime.inspection import Inspection
 from fxamp.runtime.scaler import GradScaler
+from fxamp.runtime.variant import Variant
 
 __all__ = ["AmpModule", "inspect", "not_a_scalar"]
 
-_BAKED = (bool, str, type(None))
+_PLAIN = frozenset({torch.Tensor, nn.Parameter, int, float})  # anything else may need a graph of its own
 _GUARDED = frozenset({torch._C._set_grad_enabled, enter_inference_mode, leaf_cast})
 
 
@@ -76,12 +77,12 @@ class AmpModule(fx.GraphModule):
             TypeError: when the arguments do not fit the signature.
         """
         conversion = self._conversion
-        plain = not kwargs and len(args) == conversion.positional and not any(type(a) in _BAKED for a in args)
+        plain = not kwargs and len(args) == conversion.positional and _PLAIN.issuperset(map(type, args))
         variant, values = (conversion.base, args) if plain else self._variant_for(args, kwargs)
         if any(not isinstance(values[i], torch.Tensor) for i in variant.asked):
             variant, values = self._variant_for(args, kwargs, bake_numbers=True)
             _check_asked(variant, values)
-        if variant.particular and not conversion.serves(variant, values):
+        if variant.particular and not variant.serves(values):
             variant, values = self._variant_for(args, kwargs)
         for module, training in variant.mode_flags:
             if module.training is not training:

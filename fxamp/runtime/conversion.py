@@ -7,7 +7,7 @@ one. The later stages (rewriting, reporting) are handed in as functions, so that
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,8 +19,9 @@ from fxamp.errors import CaptureError, PolicyError, nearest
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
 from fxamp.runtime.scaler import GradScaler
+from fxamp.runtime.variant import Variant
 
-__all__ = ["Asked", "Conversion", "Stages", "Variant"]
+__all__ = ["Asked", "Conversion", "Stages"]
 
 MAX_VARIANTS = 32
 MAX_STARS = 4
@@ -50,23 +51,6 @@ class Asked:
         """The policy for the device that the model is on, unless one was asked for."""
         device_type = self.device_type or self.policy.device_type or _device_type(tree)
         return self.policy.resolved(device_type, self.dtype)
-
-
-@dataclass
-class Variant:
-    """One graph: as traced, as planned, as rewritten, as compiled."""
-
-    traced: Traced
-    plan: PrecisionPlan
-    graph: fx.Graph
-    function: Any = None
-    code: str = ""
-    ambient: bool = False
-    guarded: bool = False
-    mode_flags: tuple[tuple[nn.Module, bool], ...] = ()
-    asked: tuple[int, ...] = ()  # placeholders whose type the model asked for
-    tensors: tuple[tuple[Callable[[], Any], str, Any], ...] = ()  # what the model asked of its own, and the answers
-    particular: bool = False  # whether it is not for every grad mode, whatever its tensors and numbers
 
 
 @dataclass
@@ -167,12 +151,7 @@ class Conversion:
                 return variant
         examples = self.examples if traced.layout == self.layout else None
         plan, graph = self.stages.build(self.program, traced, self.policy, mode, examples)
-        return self._variant(traced, plan, graph)
-
-    def _variant(self, traced: Traced, plan: PrecisionPlan, graph: fx.Graph) -> Variant:
-        tensors = tuple((self.program.reader(path), name, value) for (path, name), value in traced.tensors.items())
-        particular = bool(traced.grad or tensors) or traced.asks_numbers()
-        return Variant(traced, plan, graph, tensors=tensors, particular=particular)
+        return Variant.of(self.program, traced, plan, graph)
 
     @property
     def base(self) -> Variant:
@@ -182,40 +161,30 @@ class Conversion:
     def variant_for(self, values: Mapping[str, Any], *, bake_numbers: bool = False) -> Variant:
         """The graph for a call with these arguments; numbers are baked in when code branches on them."""
         signature = self.program.signature
-        layout, baked = signature.layout(values), signature.layout(values, bake_numbers=True)
-        if bake_numbers or layout in self.refused:
-            return self.variant(baked, values)
-        try:
-            return self.variant(layout, values)
-        except CaptureError:
-            if layout == baked:
-                raise
-            self.refused.append(layout)
-            return self.variant(baked, values)
+        layout = signature.layout(values, bake_numbers=bake_numbers)
+        if layout not in self.refused:
+            try:
+                return self.variant(layout, values)
+            except CaptureError:
+                if layout == signature.layout(values, bake_numbers=True):
+                    raise
+                self.refused.append(layout)
+        return self.variant(signature.layout(values, bake_numbers=True), values)
 
     def variant(self, layout: Layout, values: Mapping[str, Any]) -> Variant:
         """The graph for a call of this layout in the current mode; traced now when it is the first such call."""
-        flat = values_of(layout, values)
         for mode, variant in self.variants:
-            if mode == self.mode and variant.traced.layout == layout and self.serves(variant, flat):
+            fits = mode == self.mode and variant.traced.layout == layout
+            if fits and (not variant.particular or variant.serves(values_of(layout, values))):
                 return variant
         if len(self.variants) >= MAX_VARIANTS:
             raise CaptureError(
                 f"{MAX_VARIANTS} kinds of calls were traced already: an optional argument changes with every call",
                 hint="pass what changes as a tensor",
             )
-        traced = self._trace(self.mode, layout, flat)
+        traced = self._trace(self.mode, layout, values_of(layout, values))
         self.variants.append((self.mode, self._build(self.mode, traced)))
         return self.variants[-1][1]
-
-    def serves(self, variant: Variant, values: Sequence[Any]) -> bool:
-        """Whether a graph of the current mode is one for the current grad mode, tensors and numbers."""
-        traced = variant.traced
-        return not variant.particular or (
-            traced.grad in ((), (grad_mode(),))
-            and all(getattr(read(), name) == value for read, name, value in variant.tensors)
-            and traced.goes_this_way(values)
-        )
 
     def follow_tensors(self) -> bool:
         """Plans anew when the tensors are on a device with other rules, or of other dtypes; whether they are."""
@@ -289,7 +258,7 @@ class Conversion:
         for mode, traced, plan, graph in packed["variants"]:
             whole = replace(traced, graph=unpack(traced.graph))
             new.traced.append((mode, whole))
-            new.variants.append((mode, new._variant(whole, plan, unpack(graph))))
+            new.variants.append((mode, Variant.of(new.program, whole, plan, unpack(graph))))
         return new
 
 
