@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, clear_autocast_cache, is_grad_enabled, nn, set_autocast_enabled
 
 import fxamp
 from tests.helpers import assert_same, check_against_autocast
@@ -648,3 +648,101 @@ def test_none_from_a_function_of_the_users_is_an_error_or_known_from_examples() 
     model, x = Net(asks_a_function), rows()
     with pytest.raises(fxamp.CaptureError, match="the graph was made for a value, found None"):
         fxamp.convert(model, dtype=BF16)(x)
+
+
+# -- autocast that is switched by hand -------------------------------------------------------------------
+
+
+def switched_off(m: Any, x: Tensor) -> Tensor:
+    before = torch.is_autocast_enabled("cpu")
+    torch.set_autocast_enabled("cpu", False)
+    y = torch.mm(x.float(), m.w)
+    torch.set_autocast_enabled("cpu", before)
+    return m.fc(y)
+
+
+def switched_by_an_imported_name(m: Any, x: Tensor) -> Tensor:
+    set_autocast_enabled("cpu", False)
+    y = torch.mm(x.float(), m.w)
+    set_autocast_enabled("cpu", True)
+    return m.fc(y)
+
+
+def other_dtype(m: Any, x: Tensor) -> Tensor:
+    before = torch.get_autocast_dtype("cpu")
+    torch.set_autocast_dtype("cpu", torch.float16 if before == BF16 else BF16)
+    y = torch.mm(x.float(), m.w).float()
+    torch.set_autocast_dtype("cpu", before)
+    return m.fc(y)
+
+
+def without_cache(m: Any, x: Tensor) -> Tensor:
+    torch.set_autocast_cache_enabled(False)
+    y = torch.mm(x.float(), m.w) @ m.w
+    torch.set_autocast_cache_enabled(True)
+    return y
+
+
+def emptied_cache(m: Any, x: Tensor) -> Tensor:
+    y = torch.mm(x.float(), m.w)
+    torch.clear_autocast_cache()
+    return y @ m.w
+
+
+def emptied_in_a_region(m: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", BF16):
+        y = torch.mm(x.float(), m.w)
+        clear_autocast_cache()
+        return y @ m.w
+
+
+def without_gradients(m: Any, x: Tensor) -> Tensor:
+    torch._C._set_grad_enabled(False)
+    y = torch.mm(x.float(), m.w)
+    torch._C._set_grad_enabled(True)
+    return m.fc(y) + y
+
+
+SWITCHES = [
+    switched_off,
+    switched_by_an_imported_name,
+    other_dtype,
+    without_cache,
+    emptied_cache,
+    emptied_in_a_region,
+    without_gradients,
+]
+
+
+@pytest.mark.parametrize("function", SWITCHES)
+def test_autocast_switched_by_hand_is_refused_or_stays_a_call(function: Any) -> None:
+    state = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
+    with pytest.raises(fxamp.CaptureError, match=r"(without a `with`|the cache of autocast), which a graph would forg"):
+        fxamp.convert(Net(function))
+    now = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
+    assert now == state
+    assert torch.is_grad_enabled()
+    model = nn.Sequential(nn.Linear(8, 8), Net(function), nn.Linear(8, 8))
+    if function in (emptied_cache, emptied_in_a_region):
+        check_against_autocast(model, rows(), calls=1)
+    else:
+        with pytest.raises(fxamp.CaptureError, match="without a `with`"):
+            fxamp.convert(model)
+
+
+def test_autocast_that_is_left_switched_is_refused() -> None:
+    class Leaves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            torch.set_autocast_enabled("cpu", False)
+            return x
+
+    def switches_for_a_submodule(m: Any, x: Tensor) -> Tensor:
+        torch.set_autocast_enabled("cpu", False)
+        return m.fc(x)
+
+    for model in (nn.Sequential(Leaves(), nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8), Leaves())):
+        with pytest.raises(fxamp.CaptureError, match="without a `with`"):
+            fxamp.convert(model)
+    with pytest.raises(fxamp.CaptureError, match="without a `with`"):
+        fxamp.convert(Net(switches_for_a_submodule))
+    assert not torch.is_autocast_enabled("cpu")

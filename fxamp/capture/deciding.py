@@ -56,9 +56,10 @@ class DecidingTracer(fx.Tracer):
         """The grad mode of the trace, if that was asked for."""
         return (self._setting.grad,) if self._regions.asked else ()
 
-    def grad_answers(self) -> dict[Callable[..., Any], Callable[..., Any]]:
-        """What the model is told that asks torch for the grad mode."""
+    def answers(self) -> dict[Callable[..., Any], Callable[..., Any]]:
+        """What the model gets that asks torch for the grad mode, or switches autocast past its regions."""
         return {
+            torch.clear_autocast_cache: self._regions.clear_autocast_cache,
             torch.is_grad_enabled: self._regions.is_grad_enabled,
             torch.is_inference_mode_enabled: self._regions.is_inference_mode_enabled,
         }

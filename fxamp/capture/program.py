@@ -207,7 +207,7 @@ class Program:
             stack.enter_context(modes(modules, setting.training))
             stack.enter_context(grad_mode_as(setting.grad))
             asked = stack.enter_context(autocast_answers(setting.ambient, outside))
-            stack.enter_context(outside.answering(tracer.grad_answers()))
+            stack.enter_context(outside.answering(tracer.answers()))
             try:
                 graph = tracer.run(entry.names(), numbers=numbers)
                 if left := outside.restore():

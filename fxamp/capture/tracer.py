@@ -34,6 +34,7 @@ from fxamp.capture.patches import (
     tensor_calls,
 )
 from fxamp.capture.proxy import AmpParameterProxy, AmpProxy, SettlingProxy
+from fxamp.capture.regions import Switched
 from fxamp.capture.setting import Ambient, Setting, Traced
 from fxamp.capture.signature import Layout
 from fxamp.capture.source import user_line
@@ -148,6 +149,7 @@ class AmpTracer(DecidingTracer):
         drawn = random_state()
         result = self._entry(*proxies)
         check_random_state(drawn)
+        self._regions.check()
         if self._refused:
             raise TraceError(self._refused[-1])  # the model's own code caught it
         return result
@@ -158,6 +160,7 @@ class AmpTracer(DecidingTracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         if self.facts is not None and self.facts.running:
             return None
+        self._regions.check()
         body = self._body(kind, target, args, kwargs)
         if body is None:
             proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
@@ -214,7 +217,7 @@ class AmpTracer(DecidingTracer):
             if len(self._refused) > mark.refused:
                 raise TraceError(self._refused[-1])  # the model's own code caught it
         except Exception as error:
-            if m is self.root:
+            if m is self.root or isinstance(error, Switched):
                 raise
             self._go_back(mark)
             self.untraceable[path] = _reason(error)
