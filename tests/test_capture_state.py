@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 from collections import deque
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, clear_autocast_cache, is_grad_enabled, nn, set_autocast_enabled
 
 import fxamp
-from tests.helpers import assert_same, check_against_autocast
+from tests.helpers import assert_same, check_against_autocast, run
 
 BF16 = torch.bfloat16
 
@@ -746,3 +747,138 @@ def test_autocast_that_is_left_switched_is_refused() -> None:
     with pytest.raises(fxamp.CaptureError, match="without a `with`"):
         fxamp.convert(Net(switches_for_a_submodule))
     assert not torch.is_autocast_enabled("cpu")
+
+
+# -- what changes after the conversion -------------------------------------------------------------------
+
+
+def layered() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Identity()), nn.Linear(8, 8, bias=False))
+
+
+@pytest.mark.parametrize("path", ["0", "1", "1.0", "1.1"])
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda m: m.register_forward_hook(lambda module, args, out: out * 2),
+        lambda m: m.register_forward_pre_hook(lambda module, args: (args[0] * 3,)),
+        lambda m: m.register_full_backward_hook(lambda module, into, out: (into[0] * 2,)),
+    ],
+)
+def test_a_hook_that_is_registered_later_runs(path: str, register: Any) -> None:
+    model, x = layered(), rows()
+    amp = fxamp.convert(copy.deepcopy(model), dtype=BF16)
+    amp(x)
+    handles = [register(owner.get_submodule(path)) for owner in (model, amp)]
+    compare_gradients(amp, model, x)
+    compare_gradients(amp.eval(), model.eval(), x)
+    for handle in handles:
+        handle.remove()
+    compare_gradients(amp, model, x)
+
+
+def compare_gradients(amp: nn.Module, model: nn.Module, x: Tensor) -> None:
+    for owner in (amp, model):
+        owner.zero_grad()
+    found = run(amp, (x,), {}, nullcontext())
+    expected = run(model, (x,), {}, torch.autocast("cpu", BF16))
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("path", ["0", "1.0", "1.1", "1"])
+def test_a_submodule_that_is_replaced_later_is_an_error(path: str) -> None:
+    amp = fxamp.convert(layered(), dtype=BF16)
+    owner, _, name = path.rpartition(".")
+    setattr(amp.get_submodule(owner), name, nn.Sequential(nn.Linear(8, 8)))
+    with pytest.raises(fxamp.CaptureError) as raised:
+        amp(rows())
+    assert f"submodule '{path}' was replaced after fxamp.convert" in str(raised.value)
+    assert str(raised.value).endswith("hint: replace it in the model, and convert that")
+
+
+def test_a_submodule_that_stays_a_call_may_be_replaced() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 8)), rows()
+    amp = fxamp.convert(copy.deepcopy(model), dtype=BF16)
+    for owner in (model, amp):
+        owner.get_submodule("")._modules["1"] = nn.ReLU()
+    compare_gradients(amp, model, x)
+
+
+def test_a_parameter_that_was_not_there_is_found() -> None:
+    model, x = layered(), rows()
+    amp = fxamp.convert(copy.deepcopy(model), dtype=BF16)
+    model[2].bias = nn.Parameter(torch.ones(8))
+    amp.get_submodule("2").bias = nn.Parameter(torch.ones(8))
+    compare_gradients(amp, model, x)
+
+
+def widening(m: Any, x: Tensor) -> Tensor:
+    return torch.cat([m.w, m.fc(x)])
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float64, torch.float32])
+@pytest.mark.parametrize("policy", ["autocast", "full"])
+def test_weights_of_another_dtype_that_are_assigned(dtype: torch.dtype, policy: str) -> None:
+    model, x = Net(widening), rows()
+    amp = fxamp.convert(copy.deepcopy(model), dtype=BF16, policy=policy)
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    for owner in (model, amp):
+        owner.load_state_dict(state, assign=True)
+    context = nullcontext() if policy == "full" else torch.autocast("cpu", BF16)
+    same_outcome(amp, model, x, context)
+    same_outcome(amp, model, x.detach().to(dtype), context)
+    same_outcome(amp.eval(), model.eval(), x.detach().to(dtype), context)
+
+
+def same_outcome(amp: nn.Module, model: nn.Module, x: Tensor, context: Any) -> None:
+    try:
+        expected = run(model, (x,), {}, context)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            amp(x)
+        return
+    assert_same(run(amp, (x,), {}, nullcontext()), expected)
+
+
+@pytest.mark.parametrize("change", [nn.Module.bfloat16, nn.Module.double])
+@pytest.mark.parametrize("part", ["", "fc"])
+def test_a_dtype_that_the_original_is_given_is_followed(change: Any, part: str) -> None:
+    model, x = Net(widening), rows()
+    amp = fxamp.convert(model, dtype=BF16)
+    amp(x)
+    change(model.get_submodule(part))
+    same_outcome(amp, model, x, torch.autocast("cpu", BF16))
+    if not part:
+        same_outcome(amp.eval(), model.eval(), x.detach().double(), torch.autocast("cpu", BF16))
+
+
+def test_a_dtype_that_the_original_is_given_leaves_buffers_behind() -> None:
+    model = Net(lambda m, x: torch.cat([m.table, m.fc(x)]), table=torch.ones(8, 8))
+    amp = fxamp.convert(model, dtype=BF16)
+    model.bfloat16()
+    with pytest.raises(fxamp.CaptureError) as raised:
+        amp(rows())
+    assert str(raised.value) == (
+        "Net was given another dtype after fxamp.convert: its buffer 'table' is torch.bfloat16, expected torch.float32 "
+        "as in the converted module, which shares its parameters\n\nhint: call .to(), .bfloat16() and the like on the "
+        "converted module, or convert again"
+    )
+    x = rows()
+    equal_in([torch.enable_grad], amp.bfloat16(), model, x)
+
+
+def test_a_part_of_the_converted_module_is_given_another_dtype() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)), rows()
+    amp = fxamp.convert(copy.deepcopy(model), dtype=BF16)
+    for owner in (model, amp):
+        owner.get_submodule("2").bfloat16()
+    compare_gradients(amp, model, x)
+
+
+def test_a_frozen_module_keeps_its_footing() -> None:
+    model, x = layered(), rows()
+    amp = fxamp.convert(model, dtype=BF16).eval()
+    frozen = amp.freeze()
+    code = frozen.code
+    assert_same(frozen(x), amp(x))
+    assert frozen.to("cpu").code == code

@@ -71,6 +71,7 @@ class Program:
         loss_module = loss if isinstance(loss, nn.Module) else None
         self.tree, self.loss_tree = clone_trees(self._holder, loss_module)
         self.loss_path = "" if loss_module is None else _free_name(self.tree, "loss")
+        self._top = self._top_modules()
         self._loss = loss if loss_module is None else None
         if loss is not None and has_hooks(self.tree):
             raise CaptureError(
@@ -93,14 +94,21 @@ class Program:
 
     @property
     def whole(self) -> nn.Module:
-        """A module with the submodules of the model and of the loss, over the same tensors."""
+        """A module with the submodules of the model and of the loss, over the same tensors and in the same tables."""
         view = nn.Module()
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
             view.__dict__[name] = self.tree.__dict__[name]
-        view.__dict__["_modules"] = dict(self.tree._modules)
-        if self.loss_path:
-            view._modules[self.loss_path] = self.loss_tree
+        view.__dict__["_modules"] = self._top
         return view
+
+    def _top_modules(self) -> dict[str, nn.Module | None]:
+        loss = {self.loss_path: self.loss_tree} if self.loss_path else {}
+        return {**self.tree._modules, **loss}
+
+    @property
+    def original(self) -> nn.Module:
+        """The model as the user has it; an empty module for a program that was unpickled."""
+        return self._holder
 
     def attribute(self, path: str) -> Any:
         """The parameter, buffer, tensor or module that a graph reads under this name."""
@@ -129,6 +137,7 @@ class Program:
         new = copy.copy(self)
         tree, loss_tree = clone_trees(self.tree, self.loss_tree)
         new.__dict__.update(self.__dict__, tree=tree, loss_tree=loss_tree, extras=dict(self.extras))
+        new._top = new._top_modules()
         return new
 
     def trace(

@@ -18,6 +18,7 @@ from fxamp.capture import Ambient, Layout, Program, Setting, Traced, grad_mode, 
 from fxamp.errors import CaptureError, PolicyError, nearest
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
+from fxamp.runtime.footing import Footing
 from fxamp.runtime.scaler import GradScaler
 from fxamp.runtime.variant import Variant
 
@@ -195,6 +196,19 @@ class Conversion:
         self.examples = None  # they were for the tensors as they had been
         self._finish()
         return True
+
+    def follow_modules(self) -> None:
+        """Traces anew: modules that were traced into have hooks now, or other parameters."""
+        self.traced, self.variants = [], []
+        for mode in dict.fromkeys((self.mode, "train", "eval")):
+            self._trace(mode, self.layout)
+        self._finish()
+
+    def settle(self) -> None:
+        """Takes the tensors for what the graphs were made for."""
+        self.dtypes = _dtypes(self.program.whole)
+        for _, variant in self.variants:
+            variant.footing = Footing(self.program, variant.traced)
 
     def replanned(self, policy: Policy, *, freezes: bool = False) -> Conversion:
         """A conversion of the same traces under another policy, with a module tree of its own.

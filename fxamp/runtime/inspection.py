@@ -56,6 +56,7 @@ class Inspection:
         conversion = self._conversion.replanned(self._conversion.policy, freezes=True)
         conversion.mode = "eval"
         conversion.stages.freeze(conversion)
+        conversion.settle()
         amp = self._amp._remade(conversion)
         _detach_parameters(amp)
         return amp.eval()

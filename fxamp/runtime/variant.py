@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxamp.capture import Program, Traced, grad_mode
+from fxamp.errors import CaptureError, describe
 from fxamp.plan import PrecisionPlan
+from fxamp.runtime.footing import Footing
 
 __all__ = ["Variant"]
 
@@ -21,6 +24,7 @@ class Variant:
     traced: Traced
     plan: PrecisionPlan
     graph: fx.Graph
+    footing: Footing
     function: Any = None
     code: str = ""
     ambient: bool = False
@@ -35,7 +39,7 @@ class Variant:
         """The graph of a program's trace."""
         tensors = tuple((program.reader(path), name, value) for (path, name), value in traced.tensors.items())
         particular = bool(traced.grad or tensors) or traced.asks_numbers()
-        return Variant(traced, plan, graph, tensors=tensors, particular=particular)
+        return Variant(traced, plan, graph, Footing(program, traced), tensors=tensors, particular=particular)
 
     def serves(self, values: Sequence[Any]) -> bool:
         """Whether it is for the current grad mode and tensors, and for these values of the placeholders."""
@@ -44,3 +48,18 @@ class Variant:
             and all(getattr(read(), name) == value for read, name, value in self.tensors)
             and self.traced.goes_this_way(values)
         )
+
+    def check_kinds(self, values: Sequence[Any]) -> None:
+        """Refuses another value than a tensor where the model asked for its type.
+
+        Raises:
+            CaptureError: when there is one.
+        """
+        names = [node.name for node in self.traced.graph.nodes if node.op == "placeholder"]
+        for i in self.asked:
+            if not isinstance(values[i], torch.Tensor):
+                raise CaptureError(
+                    f"the graph was traced with a tensor for '{names[i]}', whose type the model asks for; "
+                    f"found {describe(values[i])}",
+                    hint="convert with example_inputs=... that have it",
+                )
