@@ -247,6 +247,33 @@ def in_the_class(m: Any, x: Tensor) -> Tensor:
     return m.fc(x) if before is None else m.fc(x) + before
 
 
+LOG: deque[Any] = deque()
+
+
+def in_a_list_of_the_file(m: Any, x: Tensor) -> Tensor:
+    LOG.append(x)
+    return m.fc(x) * len(LOG)
+
+
+def counter() -> Any:
+    calls = 0
+
+    def count() -> int:
+        nonlocal calls
+        calls += 1
+        return calls
+
+    return count
+
+
+def test_lists_of_the_file_and_variables_of_a_closure_are_state_too() -> None:
+    with pytest.raises(fxamp.CaptureError, match="keeps something in a list of a global or class variable"):
+        fxamp.convert(Net(in_a_list_of_the_file))
+    assert not LOG
+    with pytest.raises(fxamp.CaptureError, match=r"changes self\.count"):
+        fxamp.convert(Net(lambda m, x: m.fc(x) * m.count(), count=counter()))
+
+
 @pytest.mark.parametrize("function", [in_a_global, counting_in_a_global, in_the_class])
 def test_variables_that_a_forward_sets_are_refused_and_put_back(function: Any) -> None:
     model = ClassDefault(function)

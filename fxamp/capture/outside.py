@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -34,10 +35,17 @@ class Outside:
     def __init__(self, modules: Iterable[nn.Module], function: Callable[..., Any] | None) -> None:
         self._owners = list(_owners(modules, function))
         self._before = [dict(_variables(owner)) for owner in self._owners]
+        held = [value for before in self._before for value in before.values() if type(value) in (list, deque)]
+        self._held = [(value, value.copy()) for value in held]
 
     def restore(self) -> str:
         """Takes out everything that a trace left; what that was, or "" when it was nothing that an eager call keeps."""
         found = ""
+        for value, copied in self._held:
+            if len(value) != len(copied) or any(a is not b for a, b in zip(value, copied, strict=True)):
+                found = "keeps something in a list of a global or class variable"
+                value.clear()
+                value.extend(copied)
         for owner, before in zip(self._owners, self._before, strict=True):
             for name, value in list(_variables(owner).items()):
                 if isinstance(value, _Cache):
@@ -95,16 +103,11 @@ def _put_back(owner: Any, name: str, before: Mapping[str, Any]) -> None:
 
 
 def _emptied(value: Any) -> bool:
-    """Takes traced values out of a dict or a list; whether there were any."""
-    if type(value) is dict:
-        traced = [key for key, item in value.items() if isinstance(item, fx.Proxy)]
-        for key in traced:
-            del value[key]
-        return bool(traced)
-    if type(value) is list and any(isinstance(item, fx.Proxy) for item in value):
-        value[:] = [item for item in value if not isinstance(item, fx.Proxy)]
-        return True
-    return False
+    """Takes traced values out of a dict; whether there were any."""
+    traced = [key for key, item in value.items() if isinstance(item, fx.Proxy)] if type(value) is dict else []
+    for key in traced:
+        del value[key]
+    return bool(traced)
 
 
 def _kept_in(cache: Any) -> str:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import CellType, FunctionType
 from typing import Any, Final
 from unittest import mock
 
@@ -219,7 +220,16 @@ def _comparable(value: Any, depth: int) -> Any:
         return [_comparable(item, depth - 1) for item in value]
     if isinstance(value, set):
         return {id(item) for item in value}
+    if isinstance(value, FunctionType):
+        return [_comparable(_contents(cell), depth - 1) for cell in value.__closure__ or ()], _Itself(value)
     return _comparable(value.__dict__, depth - 1) if _is_plain(value) else _Itself(value)
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return None
 
 
 def _has_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
