@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 
-from fxamp.errors import CaptureError
+from fxamp.errors import CaptureError, describe
 
 __all__ = [
     "CALL_HOOKS",
@@ -21,6 +21,7 @@ __all__ = [
     "enter_inference_mode",
     "exit_inference_mode",
     "expect",
+    "expect_none",
     "forked_states",
     "get_rng_state",
     "has_hooks",
@@ -139,12 +140,28 @@ def expect(value: Any, expected: Any, where: str) -> None:
         )
 
 
+@fx.node.has_side_effect
+def expect_none(value: Any, expected: bool, where: str) -> None:
+    """Checks that a value is None or is not, as it was while tracing.
+
+    Raises:
+        CaptureError: when it is the other, so that this call may have gone another way.
+    """
+    if (value is None) is not expected:
+        raise CaptureError(
+            f"this call goes another way through the model: at {where} the graph was made for "
+            f"{'None' if expected else 'a value'}, found {describe(value)}",
+            hint="convert with example_inputs of this kind, or put what asks for it into that submodule",
+        )
+
+
 MODE_CALLS: Final = frozenset(
     {
         assign,
         enter_inference_mode,
         exit_inference_mode,
         expect,
+        expect_none,
         forked_states,
         restore_states,
         torch._assert,

@@ -24,6 +24,9 @@ from fxamp.capture.clone import clone_tree
 from fxamp.capture.regions import AutocastState, autocast_as, state_of
 from fxamp.dtypes import is_castable
 
+# The question itself: a model's own is noted while it is traced.
+_is_grad_enabled = torch.is_grad_enabled
+
 __all__ = ["UNTOLD", "Facts", "run_on_fakes", "without_log"]
 
 UNTOLD: Final = object()
@@ -133,7 +136,7 @@ class Facts:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """What runs now is no part of the model's program: nothing of it is to be recorded."""
-        grad_mode = torch.is_grad_enabled()
+        grad_mode = _is_grad_enabled()
         self.running = True
         try:
             with torch._C.DisableTorchFunction(), without_log():

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import CellType, FunctionType
 from typing import Any, Final
 from unittest import mock
 
@@ -29,11 +32,11 @@ from fxamp.capture.calls import (
     restore_states,
     set_rng_state,
 )
+from fxamp.capture.proxy import MAY_BE_NONE
 
 __all__ = [
     "autograd_functions",
     "check_random_state",
-    "modules_watched",
     "python_state",
     "random_calls",
     "random_state",
@@ -46,13 +49,16 @@ Record = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 @contextmanager
 def tensor_calls(
-    record: Record, record_method: Callable[[str, tuple[Any, ...], dict[str, Any]], Any]
+    record: Record,
+    record_method: Callable[[str, tuple[Any, ...], dict[str, Any]], Any],
+    answer: Callable[[torch.Tensor, str], Any],
 ) -> Iterator[None]:
     """Records what torch.fx would compute now and freeze: tensors made from nothing, and work on real tensors.
 
     Args:
         record: called with a function of torch and its arguments.
         record_method: called with the name of a method or attribute of a tensor and the arguments.
+        answer: called with a real tensor and the name of an attribute that may be another one at a later call.
     """
     made = _device._device_constructors() | {torch.normal}
 
@@ -71,6 +77,9 @@ def tensor_calls(
             name = getattr(func, "__name__", "")
             if name == "__get__":  # an attribute, such as ``p.data``
                 attribute = func.__self__.__name__
+                if attribute in _CHANGING:
+                    with torch._C.DisableTorchFunctionSubclass():
+                        return answer(args[0], attribute)
                 return record(getattr, (args[0], attribute), {}) if attribute in _VIEWS else func(*args)
             if name in _FACTS or not _has_tensor(args, kwargs):
                 return func(*args, **kwargs)
@@ -90,7 +99,8 @@ _FACTS: Final = frozenset(
     "is_signed get_device is_pinned is_inference has_names __len__ __hash__ __repr__ __format__ is_same_size "
     "__deepcopy__ __reduce_ex__ untyped_storage data_ptr __setstate__".split()
 )
-_VIEWS: Final = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad"})
+_VIEWS: Final = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
+_CHANGING: Final = frozenset({"requires_grad", "is_leaf", "dtype", "device", *MAY_BE_NONE})
 
 
 @contextmanager
@@ -104,42 +114,6 @@ def autograd_functions(record: Record) -> Iterator[None]:
         return apply(function, *args, **kwargs)
 
     with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply_function)):
-        yield
-
-
-@contextmanager
-def modules_watched(
-    paths: Mapping[int, str],
-    read_training: Callable[[str, bool], None],
-    set_attribute: Callable[[nn.Module, str, Any], None],
-) -> Iterator[None]:
-    """Tells when a module's ``training`` is read and when an attribute of it is set.
-
-    Args:
-        paths: identity of each module that counts, to its path.
-        read_training: called with the path and the flag.
-        set_attribute: called in place of the assignment.
-    """
-    set_module = nn.Module.__setattr__
-
-    def set_watched(module: nn.Module, name: str, value: Any) -> None:
-        (set_attribute if id(module) in paths else set_module)(module, name, value)
-
-    def training(module: nn.Module) -> bool:
-        flag = bool(module.__dict__["training"])
-        if id(module) in paths:
-            read_training(paths[id(module)], flag)
-        return flag
-
-    def set_training(module: nn.Module, flag: bool) -> None:
-        if id(module) in paths and module.__dict__.get("training") is not flag:
-            raise TraceError("switches the mode of a module")
-        module.__dict__["training"] = flag
-
-    with (
-        mock.patch.object(nn.Module, "training", property(training, set_training), create=True),
-        mock.patch.object(nn.Module, "__setattr__", set_watched),
-    ):
         yield
 
 
@@ -191,12 +165,13 @@ def random_state() -> tuple[Any, ...]:
     return random.getstate(), tuple(part if isinstance(part, str | int | float) else part.tobytes() for part in state)
 
 
-def python_state(module: nn.Module) -> Any:
-    """What a module keeps in Python containers and plain objects, in a form that can be compared."""
-    own = {name: value for name, value in module.__dict__.items() if name not in _MODULE_STATE}
-    return {
-        name: _comparable(value, 3) for name, value in own.items() if isinstance(value, _CONTAINERS) or _is_plain(value)
-    }
+def python_state(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps by each name, in a form that can be compared."""
+    tables = ("_parameters", "_buffers", "_modules")
+    own = {name: value for name, value in module.__dict__.items() if name not in (*tables, "training")}
+    for table in tables:
+        own.update(module.__dict__[table])
+    return {name: _comparable(value, 3) for name, value in own.items()}
 
 
 def check_random_state(before: tuple[Any, ...]) -> None:
@@ -214,8 +189,16 @@ def check_random_state(before: tuple[Any, ...]) -> None:
     raise TraceError("draws from Python's random module, which a graph would freeze")
 
 
-_CONTAINERS: Final = (list, dict, set)
-_MODULE_STATE: Final = frozenset(nn.Module().__dict__)
+@dataclass(frozen=True, eq=False)
+class _Itself:
+    """An object that is compared by identity. It is kept, so that no other gets its address."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+    __hash__ = object.__hash__
 
 
 def _is_plain(value: Any) -> bool:
@@ -228,14 +211,25 @@ def _is_plain(value: Any) -> bool:
 
 def _comparable(value: Any, depth: int) -> Any:
     if isinstance(value, bool | int | float | str):
-        return value
+        return type(value), value
     if depth == 0:
-        return id(value)
+        return _Itself(value)
     if isinstance(value, dict):
         return [(repr(key), _comparable(item, depth - 1)) for key, item in value.items()]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple | deque):
         return [_comparable(item, depth - 1) for item in value]
-    return _comparable(value.__dict__, depth - 1) if _is_plain(value) else id(value)
+    if isinstance(value, set):
+        return {id(item) for item in value}
+    if isinstance(value, FunctionType):
+        return [_comparable(_contents(cell), depth - 1) for cell in value.__closure__ or ()], _Itself(value)
+    return _comparable(value.__dict__, depth - 1) if _is_plain(value) else _Itself(value)
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return None
 
 
 def _has_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -11,14 +11,13 @@ import inspect
 import pickle
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.fx.proxy import TraceError
 
 from fxamp.capture.calls import has_hooks
@@ -26,16 +25,16 @@ from fxamp.capture.clone import clone_trees
 from fxamp.capture.entry import Entry
 from fxamp.capture.facts import Facts
 from fxamp.capture.failures import capture_error, name_of
+from fxamp.capture.outside import Outside
 from fxamp.capture.patches import python_state
+from fxamp.capture.setting import Setting, Traced, grad_mode_as
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.capture.surroundings import (
-    Ambient,
     autocast_answers,
-    caches_emptied,
     changed_modules,
     check_root,
     modes,
-    purged,
+    put_back,
 )
 from fxamp.capture.tracer import THIS, WHOLE, AmpTracer
 from fxamp.errors import CaptureError
@@ -43,30 +42,6 @@ from fxamp.errors import CaptureError
 __all__ = ["Program", "Traced"]
 
 _NUMBER = re.compile(r"(int|float)\(\) argument must be|a traced value cannot be")
-
-
-@dataclass(frozen=True)
-class Traced:
-    """One graph of a program.
-
-    Attributes:
-        graph: calls of torch functions, methods and leaf modules; no casts of ours.
-        layout: which arguments its placeholders stand for.
-        untraceable: module path to why it stayed a call.
-        modes: path and ``training`` flag of every module whose flag was read.
-        ambient: device type and dtype of the autocast that it was traced for (None: of none), in a tuple; empty when
-            that made no difference.
-    """
-
-    graph: fx.Graph
-    layout: Layout
-    untraceable: Mapping[str, str] = field(default_factory=dict)
-    modes: Mapping[str, bool] = field(default_factory=dict)
-    ambient: tuple[()] | tuple[Ambient] = ()
-
-    def serves(self, flags: Mapping[str, bool], ambient: Ambient) -> bool:
-        """Whether it is also the graph for modules in these modes, under this autocast."""
-        return self.ambient in ((), (ambient,)) and all(flags.get(path) == flag for path, flag in self.modes.items())
 
 
 class Program:
@@ -96,6 +71,7 @@ class Program:
         loss_module = loss if isinstance(loss, nn.Module) else None
         self.tree, self.loss_tree = clone_trees(self._holder, loss_module)
         self.loss_path = "" if loss_module is None else _free_name(self.tree, "loss")
+        self._top = self._top_modules()
         self._loss = loss if loss_module is None else None
         if loss is not None and has_hooks(self.tree):
             raise CaptureError(
@@ -118,23 +94,35 @@ class Program:
 
     @property
     def whole(self) -> nn.Module:
-        """A module with the submodules of the model and of the loss, over the same tensors."""
+        """A module with the submodules of the model and of the loss, over the same tensors and in the same tables."""
         view = nn.Module()
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
             view.__dict__[name] = self.tree.__dict__[name]
-        view.__dict__["_modules"] = dict(self.tree._modules)
-        if self.loss_path:
-            view._modules[self.loss_path] = self.loss_tree
+        view.__dict__["_modules"] = self._top
         return view
+
+    def _top_modules(self) -> dict[str, nn.Module | None]:
+        loss = {self.loss_path: self.loss_tree} if self.loss_path else {}
+        return {**self.tree._modules, **loss}
+
+    @property
+    def original(self) -> nn.Module:
+        """The model as the user has it; an empty module for a program that was unpickled."""
+        return self._holder
 
     def attribute(self, path: str) -> Any:
         """The parameter, buffer, tensor or module that a graph reads under this name."""
+        return self.reader(path)()
+
+    def reader(self, path: str) -> Callable[[], Any]:
+        """A function that gives what ``attribute`` gives, now and later."""
         if path in self.extras:
-            return self.extras[path]
+            return partial(self.extras.__getitem__, path)
         if path in (THIS, WHOLE):
-            return self.tree
+            return lambda: self.tree
         owner, _, name = path.rpartition(".")
-        return getattr(self.whole.get_submodule(owner) if owner or path == self.loss_path else self.tree, name)
+        module = self.whole.get_submodule(owner) if owner or path == self.loss_path else self.tree
+        return partial(getattr, module, name)
 
     def flags(self, mode: str) -> dict[str, bool]:
         """Module path to ``training`` flag in "train", "eval" or "as_is", as the model's own ``train`` sets it."""
@@ -149,21 +137,20 @@ class Program:
         new = copy.copy(self)
         tree, loss_tree = clone_trees(self.tree, self.loss_tree)
         new.__dict__.update(self.__dict__, tree=tree, loss_tree=loss_tree, extras=dict(self.extras))
+        new._top = new._top_modules()
         return new
 
     def trace(
         self,
         layout: Layout,
-        training: Mapping[str, bool],
-        ambient: Ambient = None,
+        setting: Setting,
         examples: list[Any] | None = None,
     ) -> Traced:
         """The graph of one call.
 
         Args:
             layout: which arguments are placeholders.
-            training: module path to the ``training`` flag it is traced with.
-            ambient: the device type and dtype that ``torch.is_autocast_enabled`` and the like shall answer with.
+            setting: what shall surround it: for whoever asks for the modes of modules, autocast and the grad mode.
             examples: the values of the placeholders. They decide branches on the number of dimensions, and on sizes
                 too when the model cannot be traced without.
 
@@ -171,24 +158,23 @@ class Program:
             CaptureError: when the model's or the loss's own code cannot be traced, with the user's line.
         """
         if examples is not None:
-            facts = partial(Facts, examples, self.attribute, ambient=ambient)
+            facts = partial(Facts, examples, self.attribute, ambient=setting.ambient)
             with suppress(CaptureError):
-                return self._trace(layout, training, ambient, partial(facts, sizes=False))
-            return self._trace(layout, training, ambient, partial(facts, sizes=True))
-        return self._trace(layout, training, ambient, lambda: None)
+                return self._trace(layout, setting, partial(facts, sizes=False))
+            return self._trace(layout, setting, partial(facts, sizes=True))
+        return self._trace(layout, setting, lambda: None)
 
     def _trace(
         self,
         layout: Layout,
-        training: Mapping[str, bool],
-        ambient: Ambient,
+        setting: Setting,
         facts: Callable[[], Facts | None],
     ) -> Traced:
         untraceable: dict[str, str] = {}
         numbers = False
         while True:
             try:
-                traced, changed = self._trace_once(layout, training, ambient, facts(), untraceable, numbers)
+                traced, changed = self._trace_once(layout, setting, facts(), untraceable, numbers)
             except CaptureError as error:
                 if numbers or not _NUMBER.match(str(error.__cause__)):
                     raise
@@ -206,8 +192,7 @@ class Program:
     def _trace_once(
         self,
         layout: Layout,
-        training: Mapping[str, bool],
-        ambient: Ambient,
+        setting: Setting,
         facts: Facts | None,
         untraceable: Mapping[str, str],
         numbers: bool,
@@ -219,25 +204,32 @@ class Program:
         model = self._function or getattr(root, self._method)
         entry = Entry(self.signature, layout, model, loss_tree or self._loss)
         modules = _paths(root, loss_tree, self.loss_path)
-        device_type = None if ambient is None else ambient[0]
-        tracer = AmpTracer(root, modules, entry, self.extras, untraceable, facts, device_type)
+        tracer = AmpTracer(root, modules, entry, self.extras, untraceable, facts, setting)
         if _is_library(root) and self._method == "forward":
             entry.model = tracer.call_whole
         state = {path: python_state(module) for path, module in modules.items()}
         drawn = torch.get_rng_state()
-        with modes(modules, training), autocast_answers(ambient) as asked, caches_emptied(modules.values()):
+        outside = Outside(modules.values(), self._function)
+        users_own = modules if self._function is not None else {}
+        with ExitStack() as stack:
+            stack.enter_context(put_back(users_own))
+            stack.enter_context(modes(modules, setting.training))
+            stack.enter_context(grad_mode_as(setting.grad))
+            asked = stack.enter_context(autocast_answers(setting.ambient, outside))
+            stack.enter_context(outside.answering(tracer.answers()))
             try:
                 graph = tracer.run(entry.names(), numbers=numbers)
-                if purged(modules.values()):
-                    raise TraceError("keeps a traced value in a global or class variable")
+                if left := outside.restore():
+                    raise TraceError(left)
                 changed = changed_modules(modules, state)
                 check_root(changed, drawn)
             except Exception as error:
                 raise capture_error(self.name, error) from error
             finally:
+                outside.restore()
                 torch.set_rng_state(drawn)
         matters = tracer.composed or bool(asked) or (facts is not None and facts.told_dtypes)
-        return Traced(graph, layout, tracer.untraceable, tracer.mode_readers, (ambient,) if matters else ()), changed
+        return tracer.traced(graph, layout, (setting.ambient,) if matters else ()), changed
 
 
 def _paths(root: nn.Module, loss: nn.Module | None, loss_path: str) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ an attribute of a traced value is refused instead of lost.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx
@@ -17,9 +17,11 @@ from torch.fx.proxy import Attribute, TraceError
 from fxamp.capture.builtins import known_kind
 from fxamp.capture.calls import unsorted_indices
 
-__all__ = ["AmpAttribute", "AmpParameterProxy", "AmpProxy", "SettlingProxy"]
+__all__ = ["MAY_BE_NONE", "AmpAttribute", "AmpParameterProxy", "AmpProxy", "SettlingProxy"]
 
 _OWN = frozenset({"tracer", "node", "root", "attr", "_node", "_tensor"})
+# Attributes of a tensor that code asks whether they are None, which a trace cannot see.
+MAY_BE_NONE: Final = frozenset({"grad", "grad_fn", "_base", "_grad", "_grad_fn"})
 _REFLECTED = "radd rsub rmul rtruediv rfloordiv rmod rpow rmatmul rand ror rxor".split()
 _INPLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
 
@@ -30,12 +32,19 @@ class _Recorded(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if name == "unsorted_indices":  # torch asks whether it is None, which a trace cannot see
             return self.tracer.create_proxy("call_function", unsorted_indices, (self,), {})
+        if name in MAY_BE_NONE:
+            what = f"reads .{name} of a tensor, which may be None at another call"
+            raise self.tracer._refusal(what)  # type: ignore[attr-defined]
         kind = self._kind()
         if name.startswith("__array") or (kind is not None and not hasattr(kind, name)):
             raise AttributeError(name)  # numpy asks; it would take a traced value for an array
         attribute = (AmpAttribute if self.tracer.facts is None else SettlingAttribute)(self, name)  # type: ignore[attr-defined]
         if not callable(getattr(torch.Tensor, name, None)):
-            _ = attribute.node  # data, not a method: its value is taken here, not at the first use
+            # Data, not a method: its value is taken here, not at the first use.
+            value = self.tracer.create_proxy("call_function", getattr, (self, name), {})
+            if value is None:
+                return None
+            attribute._node = value.node
         return attribute
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -126,21 +135,29 @@ class AmpParameterProxy(_Recorded):
         self._tensor = tensor
 
     @property
+    def requires_grad(self) -> Any:
+        if isinstance(self._tensor, torch.nn.Parameter):
+            return self.tracer.answer(self._tensor, "requires_grad")  # type: ignore[attr-defined]
+        return self.__getattr__("requires_grad")
+
+    @property
     def shape(self) -> torch.Size:
+        self.node.meta["sized"] = True  # so that nobody gives it another size unnoticed
         return self._tensor.shape
 
     @property
     def ndim(self) -> int:
-        return self._tensor.ndim
+        return len(self.shape)
 
     def size(self, dim: int | None = None) -> torch.Size | int:
-        return self._tensor.shape if dim is None else self._tensor.shape[dim]
+        return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        return self._tensor.dim()
+        return len(self.shape)
 
     def numel(self) -> int:
-        return self._tensor.numel()
+        return self.shape.numel()
 
     def __len__(self) -> int:
+        self.node.meta["sized"] = True
         return len(self._tensor)

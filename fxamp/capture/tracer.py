@@ -17,6 +17,8 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
+from fxamp.capture.absent import may_be_none
+from fxamp.capture.attributes import Attributes
 from fxamp.capture.bodies import body_of, gives_no_weights
 from fxamp.capture.builtins import shadowed_builtins, shadowed_numbers
 from fxamp.capture.calls import assign, has_hooks
@@ -26,14 +28,15 @@ from fxamp.capture.facts import Facts
 from fxamp.capture.patches import (
     autograd_functions,
     check_random_state,
-    modules_watched,
     random_calls,
     random_state,
     refusals,
     tensor_calls,
 )
 from fxamp.capture.proxy import AmpParameterProxy, AmpProxy, SettlingProxy
-from fxamp.capture.regions import RegionRecorder
+from fxamp.capture.regions import Switched
+from fxamp.capture.setting import Ambient, Setting, Traced
+from fxamp.capture.signature import Layout
 from fxamp.capture.source import user_line
 from fxamp.policy.operators import explicit
 from fxamp.policy.spellings import aten_name
@@ -68,9 +71,8 @@ class _Mark(NamedTuple):
 class AmpTracer(DecidingTracer):
     """Traces one entry point of one module tree, once.
 
-    After ``run``: ``untraceable`` has the reason for each module that stayed a call because it had to,
-    ``mode_readers`` the modules whose ``training`` flag was read, with its value, and ``composed`` says whether an
-    operator was taken apart for the device type.
+    After ``run``: ``untraceable`` has the reason for each module that stayed a call because it had to, and
+    ``composed`` says whether an operator was taken apart for the device type.
 
     Args:
         root: the model, or what holds the modules of a function; its own state may be changed.
@@ -79,7 +81,7 @@ class AmpTracer(DecidingTracer):
         extras: tensors that no module owns, by the name they are read under; new ones are added.
         untraceable: modules known to have to stay calls, with the reason.
         facts: what example inputs tell.
-        device_type: whose rules the graph is for.
+        setting: what surrounds the trace, and with its autocast, whose rules the graph is for.
     """
 
     def __init__(
@@ -88,22 +90,21 @@ class AmpTracer(DecidingTracer):
         modules: Mapping[str, nn.Module],
         entry: Callable[..., Any],
         extras: dict[str, torch.Tensor],
-        untraceable: Mapping[str, str] | None = None,
-        facts: Facts | None = None,
-        device_type: str | None = None,
+        untraceable: Mapping[str, str],
+        facts: Facts | None,
+        setting: Setting,
     ) -> None:
-        super().__init__(facts)
-        self.untraceable: dict[str, str] = dict(untraceable or {})
+        super().__init__(facts, setting)
+        self.untraceable: dict[str, str] = dict(untraceable)
         self.extras = extras
-        self.mode_readers: dict[str, bool] = {}
         self.composed = False
-        self._device_type = device_type
+        self._device_type = setting.ambient[0] if setting.ambient is not None else None
         self._entry = entry
-        self._regions = RegionRecorder(self._emit)
         self._names: list[str] = []
-        self._proxies: dict[str, fx.Proxy] = {}
-        self._written: list[tuple[nn.Module, str, bool, Any]] = []
+        self._proxies: dict[str, AmpParameterProxy] = {}
+        self._by_path = modules
         self._modules = {id(module): path for path, module in modules.items()}
+        self._attributes = Attributes(self._modules, self._assign, self._was_sized)
         self._tensors: dict[int, str] = {}
         for path, module in modules.items():
             own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
@@ -119,34 +120,38 @@ class AmpTracer(DecidingTracer):
             numbers: record ``int`` and ``float`` of traced values too.
         """
         self._names = names
-        grad_mode = torch.is_grad_enabled()
         try:
             with ExitStack() as stack:
                 stack.enter_context(self._regions.recording())
-                stack.enter_context(modules_watched(self._modules, self._read_training, self._set_attribute))
+                stack.enter_context(self._attributes.watched())
                 stack.enter_context(autograd_functions(self._record))
                 stack.enter_context(random_calls(self._record))
                 stack.enter_context(refusals())
-                stack.enter_context(tensor_calls(self._record, self._record_method))
+                stack.enter_context(tensor_calls(self._record, self._record_method, self.answer))
                 stack.enter_context(shadowed_builtins(numbers=numbers))
                 return super().trace(self.root)
         finally:
-            torch.set_grad_enabled(grad_mode)
-            self._undo_writes(0)
+            self._attributes.undo()
+
+    def traced(self, graph: fx.Graph, layout: Layout, ambient: tuple[()] | tuple[Ambient]) -> Traced:
+        """The graph that ``run`` gave, with what it is good for."""
+        return Traced(graph, layout, self.untraceable, self._attributes.mode_readers, ambient, self.grad, self.asked)
 
     # -- hooks of torch.fx.Tracer ------------------------------------------------------------------
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         del root_fn, is_module, concrete_args
-        self.graph._graph_namespace.create_name(
-            "self", None
-        )  # the generated code needs it; a submodule may be called so
-        return self._call_entry, [self.create_proxy("placeholder", name, (), {}) for name in self._names]
+        # The generated code needs the name; a submodule may have it.
+        self.graph._graph_namespace.create_name("self", None)
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self._names]
+        self._note_kinds(proxies)
+        return self._call_entry, proxies
 
     def _call_entry(self, *proxies: fx.Proxy) -> Any:
         drawn = random_state()
         result = self._entry(*proxies)
         check_random_state(drawn)
+        self._regions.check()
         if self._refused:
             raise TraceError(self._refused[-1])  # the model's own code caught it
         return result
@@ -157,9 +162,11 @@ class AmpTracer(DecidingTracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         if self.facts is not None and self.facts.running:
             return None
+        self._regions.check()
         body = self._body(kind, target, args, kwargs)
         if body is None:
-            return super().create_proxy(kind, target, args, kwargs, *rest, **more)
+            proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+            return self._handed_out(proxy) if may_be_none(proxy.node, self._module_of) else proxy
         mark = self._mark()
         self._bodies += 1
         try:
@@ -216,7 +223,7 @@ class AmpTracer(DecidingTracer):
             if len(self._refused) > mark.refused:
                 raise TraceError(self._refused[-1])  # the model's own code caught it
         except Exception as error:
-            if m is self.root:
+            if m is self.root or isinstance(error, Switched):
                 raise
             self._go_back(mark)
             self.untraceable[path] = _reason(error)
@@ -238,9 +245,9 @@ class AmpTracer(DecidingTracer):
         outer = (self.scope.module_path, self.scope.module_type)
         self.scope.module_path, self.scope.module_type = path, type(m)
         try:
-            proxy = self.create_proxy("call_module", path, args, kwargs)
+            proxy = super().create_proxy("call_module", path, args, kwargs)
             proxy.node.meta["untraceable"] = self.untraceable.get(path, "")
-            return proxy
+            return self._handed_out(proxy) if may_be_none(proxy.node, self._module_of) else proxy
         finally:
             self.scope.module_path, self.scope.module_type = outer
 
@@ -259,18 +266,23 @@ class AmpTracer(DecidingTracer):
 
     # -- our own -----------------------------------------------------------------------------------
 
+    def _module_of(self, target: str) -> nn.Module:
+        return self.root if target == WHOLE else self._by_path[target]
+
     def _tensor_proxy(self, tensor: torch.Tensor) -> fx.Proxy:
-        name = self._tensors.get(id(tensor)) or self._plain_attribute(tensor)
+        name = self._path_of(tensor) or self._from_outside(tensor)
         if name not in self._proxies:
             node = self.create_node("get_attr", name, (), {})
             self._proxies[name] = AmpParameterProxy(node, self, tensor)
         return self._proxies[name]
 
-    def _plain_attribute(self, tensor: torch.Tensor) -> str:
-        """The name of a tensor that is no parameter or buffer: a plain attribute, or one from outside."""
-        name = self.tensor_attrs.get(tensor)
-        if name is None:
-            name = next((key for key, known in self.extras.items() if known is tensor), None)
+    def _path_of(self, tensor: torch.Tensor) -> str | None:
+        """Where a module has a tensor, as a parameter, a buffer or a plain attribute."""
+        return self._tensors.get(id(tensor)) or self.tensor_attrs.get(tensor)
+
+    def _from_outside(self, tensor: torch.Tensor) -> str:
+        """The name of a tensor that no module has."""
+        name = next((key for key, known in self.extras.items() if known is tensor), None)
         if name is None:
             name = f"_constant_{len(self.extras)}"
             self.extras[name] = tensor
@@ -280,7 +292,8 @@ class AmpTracer(DecidingTracer):
     def _mark(self) -> _Mark:
         last = next(iter(reversed(self.graph.nodes)), self.graph._root)
         scope = (self.scope.module_path, self.scope.module_type)
-        return _Mark(last, len(self._proxies), scope, dict(self.module_stack), len(self._written), len(self._refused))
+        written, refused = self._attributes.mark(), len(self._refused)
+        return _Mark(last, len(self._proxies), scope, dict(self.module_stack), written, refused)
 
     def _go_back(self, mark: _Mark) -> None:
         for node in reversed(self.graph.nodes):
@@ -292,32 +305,15 @@ class AmpTracer(DecidingTracer):
         self.scope.module_path, self.scope.module_type = mark.scope
         self.module_stack.clear()
         self.module_stack.update(mark.stack)
-        self._undo_writes(mark.written)
+        self._attributes.undo(mark.written)
         del self._refused[mark.refused :]
 
-    def _undo_writes(self, start: int) -> None:
-        while len(self._written) > start:
-            module, name, existed, value = self._written.pop()
-            if existed:
-                module.__dict__[name] = value
-            else:
-                module.__dict__.pop(name, None)
+    def _assign(self, module: nn.Module, name: str, value: fx.Proxy) -> None:
+        owner = self.create_node("get_attr", self._modules[id(module)] or THIS, (), {})
+        self.create_node("call_function", assign, (owner, name, value.node), {})
 
-    def _read_training(self, path: str, training: bool) -> None:
-        self.mode_readers[path] = training
-
-    def _set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        existed = name in module.__dict__
-        before = module.__dict__.get(name)
-        if isinstance(value, fx.Proxy) and existed and before is None:
-            raise TraceError(f"keeps self.{name} for the next call, which may go another way then")
-        if isinstance(value, fx.Proxy):
-            owner = self.create_node("get_attr", self._modules[id(module)] or THIS, (), {})
-            self.create_node("call_function", assign, (owner, name, value.node), {})
-        elif not (existed and (value is before or (type(value) is type(before) and value == before))):
-            raise TraceError(f"sets self.{name}, which a graph cannot carry to the next call")
-        self._written.append((module, name, existed, before))
-        module.__dict__[name] = value
+    def _was_sized(self, tensor: torch.Tensor) -> bool:
+        return any(proxy.node.meta.get("sized") and proxy._tensor is tensor for proxy in self._proxies.values())
 
 
 def _nodes_of(arguments: Any) -> Any:

@@ -22,13 +22,14 @@ from fxamp.errors import CaptureError, FxampError, describe
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
 from fxamp.runtime.casts import HELD, AmbientCall, Held, execution_device_type, leaf_cast
-from fxamp.runtime.conversion import Conversion, Variant
+from fxamp.runtime.conversion import Conversion
 from fxamp.runtime.inspection import Inspection
 from fxamp.runtime.scaler import GradScaler
+from fxamp.runtime.variant import Variant
 
 __all__ = ["AmpModule", "inspect", "not_a_scalar"]
 
-_BAKED = (bool, str, type(None))
+_PLAIN = frozenset({torch.Tensor, nn.Parameter, int, float})  # anything else may need a graph of its own
 _GUARDED = frozenset({torch._C._set_grad_enabled, enter_inference_mode, leaf_cast})
 
 
@@ -71,16 +72,21 @@ class AmpModule(fx.GraphModule):
         """The model's output, or ``(loss, output)`` when a loss was converted with it.
 
         Raises:
-            CaptureError: when a submodule was put into another mode than the graph was traced in.
+            CaptureError: when a submodule was put into another mode than the graph was traced in, or replaced.
             FxampError: when the loss is not a scalar.
             TypeError: when the arguments do not fit the signature.
         """
         conversion = self._conversion
-        plain = not kwargs and len(args) == conversion.positional and not any(type(a) in _BAKED for a in args)
+        plain = not kwargs and len(args) == conversion.positional and _PLAIN.issuperset(map(type, args))
         variant, values = (conversion.base, args) if plain else self._variant_for(args, kwargs)
         if any(not isinstance(values[i], torch.Tensor) for i in variant.asked):
             variant, values = self._variant_for(args, kwargs, bake_numbers=True)
-            _check_asked(variant, values)
+            variant.check_kinds(values)
+        if not torch.compiler.is_compiling() and not variant.footing.holds():
+            self._regain_footing(variant)
+            return self.forward(*args, **kwargs)
+        if variant.particular and not variant.serves(values):
+            variant, values = self._variant_for(args, kwargs)
         if variant.observed and not variant.fits(values):
             variant = self._compiled(conversion.by_rule(variant))
         for module, training in variant.mode_flags:
@@ -185,10 +191,27 @@ class AmpModule(fx.GraphModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> AmpModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._follow_tensors()
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; with ``assign=True`` the casts are planned anew for the dtypes that came."""
+        result = super().load_state_dict(*args, **kwargs)
+        self._follow_tensors()
+        return result
+
+    def _follow_tensors(self) -> None:
         if self._conversion.follow_tensors():
             self._activate()
             self._conversion.scaler._bind(self)
-        return self
+
+    def _regain_footing(self, variant: Variant) -> None:
+        """Makes the graphs anew for modules or tensors that changed without being told of."""
+        conversion = self._conversion
+        if variant.footing.needs_a_trace() or not conversion.follow_tensors():
+            conversion.follow_modules()
+        self._activate()
+        conversion.scaler._bind(self)
 
     @property
     def _this(self) -> AmpModule:
@@ -296,17 +319,6 @@ def _other_mode(amp: AmpModule, module: nn.Module, traced: bool) -> CaptureError
         f"submodule '{path}' has training={module.training}, but the graph was traced with training={traced}",
         hint=f"put model.{path} into that mode before fxamp.convert(model), or switch the whole module",
     )
-
-
-def _check_asked(variant: Variant, values: Sequence[Any]) -> None:
-    names = [node.name for node in variant.traced.graph.nodes if node.op == "placeholder"]
-    for i in variant.asked:
-        if not isinstance(values[i], torch.Tensor):
-            raise CaptureError(
-                f"the graph was traced with a tensor for '{names[i]}', whose type the model asks for; "
-                f"found {describe(values[i])}",
-                hint="convert with example_inputs=... that have it",
-            )
 
 
 def _check_loss(loss: Any) -> None:

@@ -7,20 +7,22 @@ one. The later stages (rewriting, reporting) are handed in as functions, so that
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
-from fxamp.capture import Layout, Program, Traced, values_of
+from fxamp.capture import Ambient, Layout, Program, Setting, Traced, grad_mode, values_of
 from fxamp.errors import CaptureError, PolicyError, nearest
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
+from fxamp.runtime.footing import Footing
 from fxamp.runtime.scaler import GradScaler
+from fxamp.runtime.variant import Variant
 
-__all__ = ["Asked", "Conversion", "Stages", "Variant"]
+__all__ = ["Asked", "Conversion", "Stages"]
 
 MAX_VARIANTS = 32
 MAX_STARS = 4
@@ -53,32 +55,6 @@ class Asked:
 
 
 @dataclass
-class Variant:
-    """One graph: as traced, as planned, as rewritten, as compiled."""
-
-    traced: Traced
-    plan: PrecisionPlan
-    graph: fx.Graph
-    function: Any = None
-    code: str = ""
-    ambient: bool = False
-    guarded: bool = False
-    mode_flags: tuple[tuple[nn.Module, bool], ...] = ()
-    asked: tuple[int, ...] = ()  # placeholders whose type the model asked for
-    observed: tuple[tuple[torch.dtype, bool] | None, ...] = ()  # dtype, and whether 0-dim, of the example inputs
-    by_rule: Variant | None = None  # planned without them
-
-    def fits(self, values: Sequence[Any]) -> bool:
-        """Whether the dtypes of these inputs are those that it was planned for, when it was planned for some."""
-        for value, expected in zip(values, self.observed, strict=False):
-            if expected is not None and isinstance(value, torch.Tensor):
-                dtype, scalar = expected
-                if value.dtype is not dtype or (value.dim() == 0) is not scalar:
-                    return False
-        return True
-
-
-@dataclass
 class Conversion:
     """The state of an ``AmpModule``.
 
@@ -93,6 +69,7 @@ class Conversion:
         dtypes: those of the parameters and buffers when the graphs were planned.
         refused: layouts whose numbers have to be baked in.
         written: how often the parameters had been written to at the last call that looked.
+        frozen: whether the weights are stored in the low dtype.
     """
 
     program: Program
@@ -109,6 +86,7 @@ class Conversion:
     dtypes: tuple[torch.dtype, ...] = ()
     refused: list[Layout] = field(default_factory=list)
     written: int = -1
+    frozen: bool = False
 
     @staticmethod
     def start(
@@ -133,9 +111,10 @@ class Conversion:
         self.dtypes = _dtypes(self.program.whole)
         known, self.traced = self.traced, []
         for mode, traced in known:
-            if traced.serves(traced.modes, _ambient(self.policy)):
+            setting = Setting(traced.modes, _ambient(self.policy), traced.grad[0] if traced.grad else grad_mode())
+            if traced.serves(setting, self._attribute):
                 self.traced.append((mode, traced))
-            else:
+            elif traced.layout == self.layout:
                 self._trace(mode, traced.layout)
         self.variants = [(mode, self._build(mode, traced)) for mode, traced in self.traced]
         self._check_op_overrides()
@@ -152,17 +131,22 @@ class Conversion:
         trees = any(slot.kind == "tree" for slot in self.layout)
         return len(values) if values == self.program.signature.required and not trees else -1
 
-    def _trace(self, mode: str, layout: Layout, examples: list[Any] | None = None) -> Traced:
-        flags = self.program.flags(mode)
+    def _trace(self, mode: str, layout: Layout, values: list[Any] | None = None) -> Traced:
+        """A graph for calls of this layout, with values like these, in this mode and the current grad mode."""
+        setting = Setting(self.program.flags(mode), _ambient(self.policy), grad_mode())
+        if layout == self.layout and (self.examples is None or values is None):
+            values = self.examples
         for _, known in self.traced:
-            if known.layout == layout and known.serves(flags, _ambient(self.policy)):
+            fits = known.layout == layout and known.serves(setting, self._attribute)
+            if fits and (values is None or known.goes_this_way(values)):
                 break
         else:
-            if layout == self.layout:
-                examples = self.examples
-            known = self.program.trace(layout, flags, _ambient(self.policy), examples)
+            known = self.program.trace(layout, setting, values)
         self.traced.append((mode, known))
         return known
+
+    def _attribute(self, path: str) -> Any:
+        return self.program.attribute(path)
 
     def _build(self, mode: str, traced: Traced) -> Variant:
         for other, variant in self.variants:
@@ -170,41 +154,39 @@ class Conversion:
                 return variant
         examples = self.examples if traced.layout == self.layout else None
         plan, graph = self.stages.build(self.program, traced, self.policy, mode, examples)
-        return Variant(traced, plan, graph, observed=tuple(map(_observed, examples or ())))
+        return Variant.of(self.program, traced, plan, graph, examples)
 
     def by_rule(self, variant: Variant) -> Variant:
         """The same graph planned for inputs of any dtype."""
         if variant.by_rule is None:
             plan, graph = self.stages.build(self.program, variant.traced, self.policy, self.mode, None)
-            variant.by_rule = Variant(variant.traced, plan, graph)
+            variant.by_rule = Variant.of(self.program, variant.traced, plan, graph)
         return variant.by_rule
 
     @property
     def base(self) -> Variant:
         """The graph of the current mode for the call that was converted."""
-        found = self._find(self.layout)
-        assert found is not None
-        return found
+        return next(v for mode, v in self.variants if mode == self.mode and v.traced.layout == self.layout)
 
     def variant_for(self, values: Mapping[str, Any], *, bake_numbers: bool = False) -> Variant:
         """The graph for a call with these arguments; numbers are baked in when code branches on them."""
         signature = self.program.signature
-        layout, baked = signature.layout(values), signature.layout(values, bake_numbers=True)
-        if bake_numbers or layout in self.refused:
-            return self.variant(baked, values)
-        try:
-            return self.variant(layout, values)
-        except CaptureError:
-            if layout == baked:
-                raise
-            self.refused.append(layout)
-            return self.variant(baked, values)
+        layout = signature.layout(values, bake_numbers=bake_numbers)
+        if layout not in self.refused:
+            try:
+                return self.variant(layout, values)
+            except CaptureError:
+                if layout == signature.layout(values, bake_numbers=True):
+                    raise
+                self.refused.append(layout)
+        return self.variant(signature.layout(values, bake_numbers=True), values)
 
     def variant(self, layout: Layout, values: Mapping[str, Any]) -> Variant:
         """The graph for a call of this layout in the current mode; traced now when it is the first such call."""
-        found = self._find(layout)
-        if found is not None:
-            return found
+        for mode, variant in self.variants:
+            fits = mode == self.mode and variant.traced.layout == layout
+            if fits and (not variant.particular or variant.serves(values_of(layout, values))):
+                return variant
         if len(self.variants) >= MAX_VARIANTS:
             raise CaptureError(
                 f"{MAX_VARIANTS} kinds of calls were traced already: an optional argument changes with every call",
@@ -213,12 +195,6 @@ class Conversion:
         traced = self._trace(self.mode, layout, values_of(layout, values))
         self.variants.append((self.mode, self._build(self.mode, traced)))
         return self.variants[-1][1]
-
-    def _find(self, layout: Layout) -> Variant | None:
-        for mode, variant in self.variants:
-            if mode == self.mode and variant.traced.layout == layout:
-                return variant
-        return None
 
     def follow_tensors(self) -> bool:
         """Plans anew when the tensors are on a device with other rules, or of other dtypes; whether they are."""
@@ -238,8 +214,34 @@ class Conversion:
             torch.clear_autocast_cache()
         self.written = versions
 
-    def replanned(self, policy: Policy) -> Conversion:
-        """A conversion of the same traces under another policy, with a module tree of its own."""
+    def follow_modules(self) -> None:
+        """Traces anew: modules that were traced into have hooks now, or other parameters."""
+        self.traced, self.variants = [], []
+        for mode in dict.fromkeys((self.mode, "train", "eval")):
+            self._trace(mode, self.layout)
+        self._finish()
+
+    def settle(self) -> None:
+        """Takes the tensors for what the graphs were made for."""
+        self.dtypes = _dtypes(self.program.whole)
+        for _, variant in self.variants:
+            variant.footing = Footing(self.program, variant.traced)
+
+    def replanned(self, policy: Policy, *, freezes: bool = False) -> Conversion:
+        """A conversion of the same traces under another policy, with a module tree of its own.
+
+        Args:
+            policy: the other one.
+            freezes: whether its weights are about to be stored in the low dtype, which is no news to the traces.
+
+        Raises:
+            PolicyError: when the weights were stored in the low dtype, and the policy would need them as they were.
+        """
+        if self.frozen and policy.name == "full":
+            raise PolicyError(
+                f"a frozen module has its weights in {self.policy.dtype}: policy 'full' needs them as they were",
+                hint="replan before amp.freeze()",
+            )
         asked = replace(self.asked, policy=policy)
         if policy.device_type is not None:
             asked = replace(asked, device_type=None)
@@ -252,7 +254,8 @@ class Conversion:
             asked=asked,
             policy=asked.resolve(program.whole),
             variants=[],
-            traced=list(self.traced),
+            traced=[(mode, replace(t, tensors={}) if freezes else t) for mode, t in self.traced],
+            frozen=self.frozen or freezes,
             scaler=GradScaler(enabled=False),
             held=None,
         )
@@ -276,7 +279,7 @@ class Conversion:
             (mode, replace(v.traced, graph=pack(v.traced.graph)), v.plan, pack(v.graph), v.observed)
             for mode, v in self.variants
         ]
-        names = ("program", "asked", "stages", "policy", "mode", "layout", "scaler", "dtypes")
+        names = ("program", "asked", "stages", "policy", "mode", "layout", "scaler", "dtypes", "frozen")
         return {"variants": variants, **{name: getattr(self, name) for name in names}}
 
     @staticmethod
@@ -287,7 +290,8 @@ class Conversion:
         for mode, traced, plan, graph, observed in packed["variants"]:
             whole = replace(traced, graph=unpack(traced.graph))
             new.traced.append((mode, whole))
-            new.variants.append((mode, Variant(whole, plan, unpack(graph), observed=observed)))
+            variant = Variant.of(new.program, whole, plan, unpack(graph))
+            new.variants.append((mode, replace(variant, observed=observed)))
         return new
 
 
@@ -297,7 +301,7 @@ def _base_layout(program: Program, mode: str, policy: Policy) -> Layout:
     for stars in range(1, MAX_STARS + 1) if program.signature.starred else ():
         layout = program.signature.base_layout(stars)
         try:
-            program.trace(layout, program.flags(mode), _ambient(policy))
+            program.trace(layout, Setting(program.flags(mode), _ambient(policy), grad_mode()))
         except CaptureError as error:
             failed = failed or error
         else:
@@ -307,11 +311,7 @@ def _base_layout(program: Program, mode: str, policy: Policy) -> Layout:
     return program.signature.base_layout()
 
 
-def _observed(example: Any) -> tuple[torch.dtype, bool] | None:
-    return (example.dtype, example.dim() == 0) if isinstance(example, torch.Tensor) else None
-
-
-def _ambient(policy: Policy) -> tuple[str, torch.dtype] | None:
+def _ambient(policy: Policy) -> Ambient:
     if policy.name == "full" or policy.device_type is None or policy.dtype is None:
         return None
     return policy.device_type, policy.dtype

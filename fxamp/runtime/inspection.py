@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
@@ -52,12 +53,12 @@ class Inspection:
 
     def freeze(self) -> AmpModule:
         """A new module for inference with low weights."""
-        conversion = self._conversion.replanned(self._conversion.policy)
+        conversion = self._conversion.replanned(self._conversion.policy, freezes=True)
         conversion.mode = "eval"
         conversion.stages.freeze(conversion)
+        conversion.settle()
         amp = self._amp._remade(conversion)
-        for parameter in amp.parameters():
-            parameter.requires_grad_(False)
+        _detach_parameters(amp)
         return amp.eval()
 
     @contextmanager
@@ -72,3 +73,13 @@ class Inspection:
             conversion.held = outer
             if torch.autocast_decrement_nesting() == 0:
                 torch.clear_autocast_cache()
+
+
+def _detach_parameters(amp: AmpModule) -> None:
+    """Gives a module parameters of its own that are not trained, over the same memory."""
+    own: dict[int, nn.Parameter] = {}
+    for module in amp.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                new = own.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=False))
+                module._parameters[name] = new

@@ -1,0 +1,88 @@
+"""One graph of a converted module, and the calls it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxamp.capture import Program, Traced, grad_mode
+from fxamp.errors import CaptureError, describe
+from fxamp.plan import PrecisionPlan
+from fxamp.runtime.footing import Footing
+
+__all__ = ["Variant"]
+
+
+@dataclass
+class Variant:
+    """One graph: as traced, as planned, as rewritten, as compiled."""
+
+    traced: Traced
+    plan: PrecisionPlan
+    graph: fx.Graph
+    footing: Footing
+    function: Any = None
+    code: str = ""
+    ambient: bool = False
+    guarded: bool = False
+    mode_flags: tuple[tuple[nn.Module, bool], ...] = ()
+    asked: tuple[int, ...] = ()  # placeholders whose type the model asked for
+    tensors: tuple[tuple[Callable[[], Any], str, Any], ...] = ()  # what the model asked of its own, and the answers
+    observed: tuple[tuple[torch.dtype, bool] | None, ...] = ()  # dtype, and whether 0-dim, of the example inputs
+    by_rule: Variant | None = None  # planned without them
+    particular: bool = False  # whether it is not for every grad mode, whatever its tensors and numbers
+
+    @staticmethod
+    def of(
+        program: Program,
+        traced: Traced,
+        plan: PrecisionPlan,
+        graph: fx.Graph,
+        examples: Sequence[Any] | None = None,
+    ) -> Variant:
+        """The graph of a program's trace, planned for such examples when there are any."""
+        tensors = tuple((program.reader(path), name, value) for (path, name), value in traced.tensors.items())
+        particular = bool(traced.grad or tensors) or traced.asks_numbers()
+        observed = tuple(map(_observed, examples or ()))
+        footing = Footing(program, traced)
+        return Variant(traced, plan, graph, footing, tensors=tensors, observed=observed, particular=particular)
+
+    def fits(self, values: Sequence[Any]) -> bool:
+        """Whether the dtypes of these inputs are those that it was planned for, when it was planned for some."""
+        for value, expected in zip(values, self.observed, strict=False):
+            if expected is not None and isinstance(value, torch.Tensor):
+                dtype, scalar = expected
+                if value.dtype is not dtype or (value.dim() == 0) is not scalar:
+                    return False
+        return True
+
+    def serves(self, values: Sequence[Any]) -> bool:
+        """Whether it is for the current grad mode and tensors, and for these values of the placeholders."""
+        return (
+            self.traced.grad in ((), (grad_mode(),))
+            and all(getattr(read(), name) == value for read, name, value in self.tensors)
+            and self.traced.goes_this_way(values)
+        )
+
+    def check_kinds(self, values: Sequence[Any]) -> None:
+        """Refuses another value than a tensor where the model asked for its type.
+
+        Raises:
+            CaptureError: when there is one.
+        """
+        names = [node.name for node in self.traced.graph.nodes if node.op == "placeholder"]
+        for i in self.asked:
+            if not isinstance(values[i], torch.Tensor):
+                raise CaptureError(
+                    f"the graph was traced with a tensor for '{names[i]}', whose type the model asks for; "
+                    f"found {describe(values[i])}",
+                    hint="convert with example_inputs=... that have it",
+                )
+
+
+def _observed(example: Any) -> tuple[torch.dtype, bool] | None:
+    return (example.dtype, example.dim() == 0) if isinstance(example, torch.Tensor) else None
