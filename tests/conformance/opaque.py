@@ -9,39 +9,39 @@ __all__ = ["not_seen_into"]
 
 _LISTS: dict[tuple[str, str], str] = {
     ("cpu", "symbolic"): """
-        bernoulli byte cdouble cfloat char corrcoef cov einsum gradient inner isin istft item linalg.multi_dot
+        bernoulli corrcoef cov einsum gradient inner isin istft item linalg.multi_dot masked.amax masked.amin
+        masked.argmax masked.argmin masked.cumprod masked.cumsum masked.log_softmax masked.logaddexp
+        masked.logsumexp masked.mean masked.median masked.norm masked.normalize masked.prod masked.softmax
+        masked.softmin masked.std masked.sum masked.var matrix_exp multinomial nn.functional.bilinear
+        nn.functional.fractional_max_pool2d nn.functional.fractional_max_pool3d nn.functional.gaussian_nll_loss
+        nn.functional.interpolate.area nn.functional.linear_cross_entropy
+        nn.functional.linear_cross_entropy.chunked nn.functional.linear_cross_entropy.chunked_none
+        nn.functional.local_response_norm nn.functional.multi_head_attention_forward pca_lowrank svd_lowrank
+        tensordot unravel_index
+        """,
+    ("cpu", "examples"): """
+        addbmm bernoulli corrcoef cov gradient isin istft item linalg.multi_dot linalg.pinv
+        linalg.pinv.hermitian matrix_exp multinomial nn.functional.bilinear
+        nn.functional.linear_cross_entropy.chunked nn.functional.linear_cross_entropy.chunked_none tensordot
+        unravel_index
+        """,
+    ("cuda", "symbolic"): """
+        _unsafe_masked_index_put_accumulate bernoulli corrcoef cov cumulative_trapezoid inner istft item ldexp
         masked.amax masked.amin masked.argmax masked.argmin masked.cumprod masked.cumsum masked.log_softmax
         masked.logaddexp masked.logsumexp masked.mean masked.median masked.norm masked.normalize masked.prod
         masked.softmax masked.softmin masked.std masked.sum masked.var matrix_exp multinomial
-        nn.functional.bilinear nn.functional.fractional_max_pool2d nn.functional.fractional_max_pool3d
-        nn.functional.gaussian_nll_loss nn.functional.interpolate.area nn.functional.linear_cross_entropy
+        mvlgamma.mvlgamma_p_1 mvlgamma.mvlgamma_p_3 mvlgamma.mvlgamma_p_5 nn.functional.cross_entropy
+        nn.functional.fractional_max_pool2d nn.functional.fractional_max_pool3d nn.functional.gaussian_nll_loss
+        nn.functional.interpolate.area nn.functional.linear_cross_entropy
         nn.functional.linear_cross_entropy.chunked nn.functional.linear_cross_entropy.chunked_none
-        nn.functional.local_response_norm nn.functional.multi_head_attention_forward pca_lowrank short
-        svd_lowrank tensordot unravel_index
-        """,
-    ("cpu", "examples"): """
-        addbmm bernoulli byte cdouble cfloat char corrcoef cov gradient isin istft item linalg.multi_dot
-        linalg.pinv linalg.pinv.hermitian matrix_exp multinomial nn.functional.bilinear
-        nn.functional.linear_cross_entropy.chunked nn.functional.linear_cross_entropy.chunked_none short
-        tensordot unravel_index
-        """,
-    ("cuda", "symbolic"): """
-        _unsafe_masked_index_put_accumulate bernoulli byte cdouble cfloat char corrcoef cov cumulative_trapezoid
-        inner istft item ldexp masked.amax masked.amin masked.argmax masked.argmin masked.cumprod masked.cumsum
-        masked.log_softmax masked.logaddexp masked.logsumexp masked.mean masked.median masked.norm
-        masked.normalize masked.prod masked.softmax masked.softmin masked.std masked.sum masked.var matrix_exp
-        multinomial mvlgamma.mvlgamma_p_1 mvlgamma.mvlgamma_p_3 mvlgamma.mvlgamma_p_5
-        nn.functional.cross_entropy nn.functional.fractional_max_pool2d nn.functional.fractional_max_pool3d
-        nn.functional.gaussian_nll_loss nn.functional.interpolate.area nn.functional.linear_cross_entropy
-        nn.functional.linear_cross_entropy.chunked nn.functional.linear_cross_entropy.chunked_none
-        nn.functional.local_response_norm nn.functional.multi_head_attention_forward short sum_to_size trace
-        trapezoid trapz unravel_index
+        nn.functional.local_response_norm nn.functional.multi_head_attention_forward sum_to_size trace trapezoid
+        trapz unravel_index
         """,
     ("cuda", "examples"): """
-        _unsafe_masked_index_put_accumulate addbmm bernoulli byte cdouble cfloat char corrcoef cov istft item
-        ldexp linalg.pinv linalg.pinv.hermitian matrix_exp multinomial mvlgamma.mvlgamma_p_1
-        mvlgamma.mvlgamma_p_3 mvlgamma.mvlgamma_p_5 nn.functional.linear_cross_entropy.chunked
-        nn.functional.linear_cross_entropy.chunked_none pinverse short trace unravel_index
+        _unsafe_masked_index_put_accumulate addbmm bernoulli corrcoef cov istft item ldexp linalg.pinv
+        linalg.pinv.hermitian matrix_exp multinomial mvlgamma.mvlgamma_p_1 mvlgamma.mvlgamma_p_3
+        mvlgamma.mvlgamma_p_5 nn.functional.linear_cross_entropy.chunked
+        nn.functional.linear_cross_entropy.chunked_none pinverse trace unravel_index
         """,
 }
 
