@@ -26,7 +26,7 @@ from fxamp.plan.rules import Rules, banned, unexpected
 from fxamp.plan.sharing import Sharing
 from fxamp.policy import Policy, Ruling
 from fxamp.policy.flow import ONE_DTYPE
-from fxamp.policy.operators import optional_tensors
+from fxamp.policy.operators import FORWARDS_TO, optional_tensors
 
 __all__ = ["Observer", "make_plan"]
 
@@ -209,7 +209,9 @@ class _Planner:
         if not promotes and not (len(set(dtypes)) > 1 and self._rules.may_meet(decision)):
             return None, "call"
         if promotes and decision.reason == "op table" and None not in dtypes and not promotable(dtypes, low):
-            raise unexpected(decision, dtypes)
+            if decision.aten not in FORWARDS_TO[self._device_type]:
+                raise unexpected(decision, dtypes)
+            return None, "promote"  # where it does not come to that, nothing is refused
         if torch.float32 in dtypes and (promotes or None not in dtypes):
             return torch.float32, "call"
         return (low, "call") if set(dtypes) <= {low} else (None, "promote")

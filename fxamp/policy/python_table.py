@@ -40,8 +40,8 @@ F.dropout1d                         feature_dropout
 F.dropout2d                         feature_dropout
 F.dropout3d                         feature_dropout
 F.elu                               elu
-F.embedding                         embedding
-F.embedding_bag                     embedding_bag
+F.embedding                         embedding               max_norm
+F.embedding_bag                     embedding_bag           max_norm
 F.feature_alpha_dropout             feature_alpha_dropout
 F.fold                              col2im
 F.glu                               glu

@@ -22,8 +22,8 @@ _LISTS: dict[tuple[str, str], str] = {
     ("cpu", "examples"): """
         addbmm bernoulli corrcoef cov gradient isin istft item linalg.multi_dot linalg.pinv
         linalg.pinv.hermitian matrix_exp multinomial nn.functional.bilinear
-        nn.functional.linear_cross_entropy.chunked nn.functional.linear_cross_entropy.chunked_none tensordot
-        unravel_index
+        nn.functional.linear_cross_entropy.chunked nn.functional.linear_cross_entropy.chunked_none roll
+        tensordot unravel_index
         """,
     ("cuda", "symbolic"): """
         _unsafe_masked_index_put_accumulate bernoulli corrcoef cov cumulative_trapezoid inner istft item ldexp
