@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _device
 from torch.utils import _pytree as pytree
 
+from fxamp.capture.builtins import standing_for
 from fxamp.capture.calls import (
     AutogradFunctionCall,
     forked_states,
@@ -61,7 +62,7 @@ def tensor_calls(
         def call(*args: Any, **kwargs: Any) -> Any:
             return record(factory, args, kwargs) if _has_proxy(args, kwargs) else factory(*args, **kwargs)
 
-        return call
+        return standing_for(factory, call)
 
     class Recording(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -75,7 +75,7 @@ class Program:
     Attributes:
         tree: the modules of the model; ``loss_tree`` those of a loss that is a module, else None.
         loss_path: the name that the loss has beside the model's submodules; "" when it is no module.
-        extras: tensors that no module owns and a graph reads, by the name it reads them under.
+        extras: tensors and objects that no module owns and a graph reads, by the name it reads them under.
 
     Args:
         model: a module, a method of a module, or any callable of tensors. It is left as it is.
@@ -92,7 +92,7 @@ class Program:
         self._method = model.__name__ if isinstance(model, MethodType) else "forward"
         self._function = None if owner is not None else model
         self._holder = owner if owner is not None else _holder(model)
-        self.extras: dict[str, torch.Tensor] = {}
+        self.extras: dict[str, Any] = {}
         loss_module = loss if isinstance(loss, nn.Module) else None
         self.tree, self.loss_tree = clone_trees(self._holder, loss_module)
         self.loss_path = "" if loss_module is None else _free_name(self.tree, "loss")
@@ -220,7 +220,8 @@ class Program:
         entry = Entry(self.signature, layout, model, loss_tree or self._loss)
         modules = _paths(root, loss_tree, self.loss_path)
         device_type = None if ambient is None else ambient[0]
-        tracer = AmpTracer(root, modules, entry, self.extras, untraceable, facts, device_type)
+        of_parameters = partial(Facts, [], self.attribute, sizes=True, ambient=ambient)
+        tracer = AmpTracer(root, modules, entry, self.extras, untraceable, facts, device_type, of_parameters)
         if _is_library(root) and self._method == "forward":
             entry.model = tracer.call_whole
         state = {path: python_state(module) for path, module in modules.items()}
@@ -236,7 +237,7 @@ class Program:
                 raise capture_error(self.name, error) from error
             finally:
                 torch.set_rng_state(drawn)
-        matters = tracer.composed or bool(asked) or (facts is not None and facts.told_dtypes)
+        matters = tracer.composed or bool(asked) or tracer.told_dtypes
         return Traced(graph, layout, tracer.untraceable, tracer.mode_readers, (ambient,) if matters else ()), changed
 
 

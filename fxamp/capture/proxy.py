@@ -8,6 +8,7 @@ an attribute of a traced value is refused instead of lost.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,6 +53,10 @@ class _Recorded(fx.Proxy):
         method = isinstance(self, AmpAttribute) and self._node is None
         kind = None if method else known_kind(self.node)
         return None if kind is torch.Tensor else kind
+
+    def __len__(self) -> int:
+        # Only C code asks, on its way to iterate: the builtin is another one while a model is traced.
+        return self.tracer.settled_length(self)  # type: ignore[attr-defined, no-any-return]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -100,9 +105,6 @@ class _Settling(_Recorded):
             raise TypeError("a traced value cannot be interpreted as an integer")
         return value
 
-    def __len__(self) -> int:
-        return self.tracer.settled_length(self)  # type: ignore[attr-defined, no-any-return]
-
 
 class SettlingProxy(_Settling, AmpProxy):
     """A traced value, when example inputs are given."""
@@ -138,3 +140,6 @@ class AmpParameterProxy(_Recorded):
 
     def __len__(self) -> int:
         return len(self._tensor)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.tracer.iter(self)

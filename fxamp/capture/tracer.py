@@ -18,11 +18,12 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from fxamp.capture.bodies import body_of, gives_no_weights
-from fxamp.capture.builtins import shadowed_builtins, shadowed_numbers
+from fxamp.capture.builtins import shadowed_builtins, shadowed_numbers, unpatched
 from fxamp.capture.calls import assign, has_hooks
 from fxamp.capture.composed import COMPOSED
 from fxamp.capture.deciding import DecidingTracer
 from fxamp.capture.facts import Facts
+from fxamp.capture.objects import is_literal, is_remade, parts_of, refuse_what_is_traced
 from fxamp.capture.patches import (
     autograd_functions,
     check_random_state,
@@ -76,10 +77,11 @@ class AmpTracer(DecidingTracer):
         root: the model, or what holds the modules of a function; its own state may be changed.
         modules: path to every module that the entry point may use, root included.
         entry: called with the proxies of the placeholders; what it returns is the graph's output.
-        extras: tensors that no module owns, by the name they are read under; new ones are added.
+        extras: tensors and objects that no module owns, by the name they are read under; new ones are added.
         untraceable: modules known to have to stay calls, with the reason.
         facts: what example inputs tell.
         device_type: whose rules the graph is for.
+        of_parameters: makes the facts that the parameters tell alone.
     """
 
     def __init__(
@@ -87,12 +89,13 @@ class AmpTracer(DecidingTracer):
         root: nn.Module,
         modules: Mapping[str, nn.Module],
         entry: Callable[..., Any],
-        extras: dict[str, torch.Tensor],
+        extras: dict[str, Any],
         untraceable: Mapping[str, str] | None = None,
         facts: Facts | None = None,
         device_type: str | None = None,
+        of_parameters: Callable[[], Facts] | None = None,
     ) -> None:
-        super().__init__(facts)
+        super().__init__(facts, of_parameters)
         self.untraceable: dict[str, str] = dict(untraceable or {})
         self.extras = extras
         self.mode_readers: dict[str, bool] = {}
@@ -101,6 +104,7 @@ class AmpTracer(DecidingTracer):
         self._entry = entry
         self._regions = RegionRecorder(self._emit)
         self._names: list[str] = []
+        self._returned = False  # from the entry point: what comes now is the output
         self._proxies: dict[str, fx.Proxy] = {}
         self._written: list[tuple[nn.Module, str, bool, Any]] = []
         self._modules = {id(module): path for path, module in modules.items()}
@@ -146,13 +150,14 @@ class AmpTracer(DecidingTracer):
         check_random_state(drawn)
         if self._refused:
             raise TraceError(self._refused[-1])  # the model's own code caught it
+        self._returned = True
         return result
 
     def proxy(self, node: fx.Node) -> AmpProxy:
         return AmpProxy(node, self) if self.facts is None else SettlingProxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
-        if self.facts is not None and self.facts.running:
+        if self._facts_run():
             return None
         body = self._body(kind, target, args, kwargs)
         if body is None:
@@ -238,8 +243,7 @@ class AmpTracer(DecidingTracer):
             self.scope.module_path, self.scope.module_type = outer
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
-        asked_for_facts = self.facts is not None and self.facts.running
-        if isinstance(attr_val, torch.Tensor) and id(attr_val) in self._tensors and not asked_for_facts:
+        if isinstance(attr_val, torch.Tensor) and id(attr_val) in self._tensors and not self._facts_run():
             return self._tensor_proxy(attr_val)
         return attr_val
 
@@ -248,7 +252,7 @@ class AmpTracer(DecidingTracer):
             return self._tensor_proxy(a).node
         if isinstance(a, nn.Module):
             return self.create_node("get_attr", self.path_of_module(a), (), {})
-        return super().create_arg(a)
+        return super().create_arg(a) if is_literal(a) else self._object(a)
 
     # -- our own -----------------------------------------------------------------------------------
 
@@ -261,14 +265,29 @@ class AmpTracer(DecidingTracer):
 
     def _plain_attribute(self, tensor: torch.Tensor) -> str:
         """The name of a tensor that is no parameter or buffer: a plain attribute, or one from outside."""
-        name = self.tensor_attrs.get(tensor)
-        if name is None:
-            name = next((key for key, known in self.extras.items() if known is tensor), None)
-        if name is None:
-            name = f"_constant_{len(self.extras)}"
-            self.extras[name] = tensor
+        name = self.tensor_attrs.get(tensor) or self._extra(tensor)
         self._tensors[id(tensor)] = name
         return name
+
+    def _extra(self, value: Any) -> str:
+        name = next((key for key, known in self.extras.items() if known is value), None)
+        if name is None:
+            name = f"_constant_{len(self.extras)}"
+            self.extras[name] = value
+        return name
+
+    def _object(self, value: Any) -> fx.Node:
+        """An object of Python's: made again at every call, or handed on when it holds no traced value."""
+        value = unpatched(value)
+        if not is_remade(value):
+            try:
+                refuse_what_is_traced(value)
+                return self.create_node("get_attr", self._extra(value), (), {})
+            except TraceError:
+                if not self._returned or callable(value):
+                    raise  # whom it is handed to may write to it, which this trace could not see
+        made, parts = parts_of(value)
+        return self.create_node("call_function", made, tuple(self.create_arg(part) for part in parts), {})
 
     def _mark(self) -> _Mark:
         last = next(iter(reversed(self.graph.nodes)), self.graph._root)

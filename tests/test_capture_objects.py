@@ -1,0 +1,243 @@
+"""What a trace makes of Python's objects: containers, parameters, callables, packed sequences, other modules."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxamp
+from tests.helpers import assert_same, check_against_autocast
+
+
+class Net(nn.Module):
+    """A module around a function of (module, x), with a parameter, a buffer and a layer at hand."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.w = nn.Parameter(torch.randn(3, 4))
+        self.register_buffer("table", torch.randn(2, 4))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+class Access(enum.Flag):
+    READ = 1
+    WRITE = 2
+
+
+class Heads(collections.OrderedDict[str, Tensor]):
+    """Has an attribute beside its items."""
+
+    note = ""
+
+
+class Items(list[Tensor]):
+    """A list of a class of its own."""
+
+
+@dataclasses.dataclass
+class Doubling:
+    """Its own construction computes."""
+
+    value: Tensor
+    extra: Tensor | None = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.value = self.value * 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frozen:
+    """Neither a __dict__ nor a way to set a field."""
+
+    value: Tensor
+
+
+class Twice(NamedTuple("Twice", [("first", Tensor), ("second", Tensor)])):
+    """Is made from fewer values than it has."""
+
+    def __new__(cls, first: Tensor) -> Twice:
+        return super().__new__(cls, first, first * 2)
+
+
+class Result:
+    """An object that holds a tensor."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def heads(m: Any, x: Tensor) -> Heads:
+    found = Heads(first=m.fc(x))
+    found.note = "two heads"
+    found["second"] = x
+    return found
+
+
+def grouped(m: Any, x: Tensor) -> Any:
+    found = collections.defaultdict(list)
+    found["a"].append(m.fc(x))
+    return found
+
+
+def doubled_with_extra(m: Any, x: Tensor) -> Doubling:
+    found = Doubling(m.fc(x))
+    found.extra = x
+    return found
+
+
+OUTPUTS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "OrderedDict": lambda m, x: collections.OrderedDict(out=m.fc(x), aux=[x, None]),
+    "a subclass with attributes": heads,
+    "defaultdict": grouped,
+    "Counter": lambda m, x: (collections.Counter("abca"), m.fc(x)),
+    "deque": lambda m, x: collections.deque([x, m.fc(x)], maxlen=2),
+    "a subclass of list": lambda m, x: Items([m.fc(x)]),
+    "a dataclass that computes": doubled_with_extra,
+    "a frozen dataclass": lambda m, x: Frozen(m.fc(x)),
+    "a named tuple of its own making": lambda m, x: Twice(m.fc(x)),
+    "one in another": lambda m, x: {"a": collections.OrderedDict(b=Frozen(m.fc(x)))},
+    "odd keys": lambda m, x: {Color.RED: m.fc(x), (1, None): x, None: x, frozenset("a"): x, 0.5: x},
+    "flags as keys": lambda m, x: {Access.READ | Access.WRITE: m.fc(x)},
+    "enums as values": lambda m, x: {"kind": Color.RED, "access": Access.READ | Access.WRITE, "y": m.fc(x)},
+    "classes and functions": lambda m, x: (Color, len, torch.zeros, m.fc(x)),
+}
+
+
+def parts(value: Any) -> Any:
+    """An object as nested tuples of its class and all that it holds."""
+    if isinstance(value, Tensor) or not hasattr(value, "__reduce_ex__"):
+        return value
+    if isinstance(value, dict):
+        return type(value), [(key, parts(item)) for key, item in value.items()], dict(getattr(value, "__dict__", {}))
+    if isinstance(value, list | tuple | collections.deque):
+        return type(value), [parts(item) for item in value], getattr(value, "maxlen", None)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value), [parts(getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return value
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("examples", [False, True])
+def test_an_output_has_the_class_and_the_parts_that_eager_gives(name: str, examples: bool) -> None:
+    model, x = Net(OUTPUTS[name]), torch.randn(2, 4)
+    amp = fxamp.convert(model, dtype=torch.bfloat16, example_inputs=(x,) if examples else None)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = model(x)
+        assert type(amp(x)) is type(expected)
+        assert_same(parts(amp(x)), parts(expected))
+    if name != "classes and functions":
+        assert_same(parts(copy.deepcopy(amp)(x)), parts(expected))
+
+
+def test_a_set_of_outputs_is_a_set() -> None:
+    (y,) = fxamp.convert(Net(lambda m, x: {m.fc(x)}), dtype=torch.bfloat16)(torch.randn(2, 4))
+    assert y.dtype == torch.bfloat16
+
+
+def test_an_object_with_a_tensor_is_a_new_one_at_every_call() -> None:
+    amp = fxamp.convert(Net(lambda m, x: Result(m.fc(x))), dtype=torch.bfloat16)
+    first, second = amp(torch.randn(2, 4)), amp(torch.randn(2, 4))
+    assert isinstance(first, Result)
+    assert not torch.equal(first.value, second.value)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.fc(x) * np.float32(2),
+        lambda m, x: np.float32(2) * m.fc(x),
+        lambda m, x: m.fc(x) * np.float64(2.5),
+        lambda m, x: m.fc(x).sum(np.int64(0)),
+        lambda m, x: m.fc(x) + torch.from_numpy(np.ones(4, dtype=np.float32)),
+        lambda m, x: m.fc(x) + torch.tensor(np.ones(4)),
+        lambda m, x: torch.tensor(np.float64(2)) * torch.ones(1) + m.fc(x),
+    ],
+)
+def test_numbers_and_arrays_of_numpy(function: Any) -> None:
+    check_against_autocast(Net(function), torch.randn(2, 4))
+
+
+def test_a_hook_of_a_traced_tensor_runs_in_the_backward() -> None:
+    def hooked(m: Any, x: Tensor) -> Tensor:
+        y = m.fc(x)
+        y.register_hook(lambda gradient: gradient * 3)
+        return y @ m.fc.weight
+
+    check_against_autocast(Net(hooked), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda m, x: (y for y in [m.fc(x)]), "hands on a generator, which can"),
+        (lambda m, x: {"a": m.fc(x)}.values(), "hands on a dict_values, which can"),
+        (
+            lambda m, x: m.fc(x).register_hook(lambda gradient: gradient * m.w.sum()),
+            "hands on the function <lambda>, which uses a module in a way that a graph cannot",
+        ),
+        (
+            lambda m, x: torch.utils.checkpoint.checkpoint(lambda y: y * x, m.fc(x), use_reentrant=True),
+            "hands on the function <lambda>, which uses traced values in a way that a graph cannot",
+        ),
+    ],
+)
+def test_what_cannot_be_handed_on_is_named(function: Any, message: str) -> None:
+    with pytest.raises(fxamp.CaptureError, match=message):
+        fxamp.convert(Net(function))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.fc(x) if isinstance(m.w, nn.Parameter) else x,
+        lambda m, x: m.fc(x) if isinstance(m.table, nn.Parameter) else x,
+        lambda m, x: m.fc(x) if isinstance(m.w, (int, nn.Parameter)) and isinstance(m.table, Tensor) else x,
+        lambda m, x: x @ m.get_parameter("w").t() + m.get_parameter("fc.bias")[:3],
+        lambda m, x: m.fc(x) * m.get_buffer("table"),
+        lambda m, x: x @ sum(row for row in m.w),
+        lambda m, x: [x @ row for row in m.w.unbind(0)],
+        lambda m, x: [x[:, :3] @ a * b for a, b in zip(m.w.t(), m.fc.bias[:4], strict=True)],
+        lambda m, x: [x[:, 0] * a + d for a, _, _, d in zip(*m.w.t(), strict=True)],
+        lambda m, x: x @ torch.stack(list(m.w)).t(),
+        lambda m, x: [x.t() @ part for part in (m.table @ m.w.t()).float().split(1, dim=1)],
+        lambda m, x: nn.utils.parameters_to_vector([m.w, m.fc.bias]).sum() * x,
+        lambda m, x: x @ torch.stack([*m.w]).t() + len(m.w),
+    ],
+)
+@pytest.mark.parametrize("policy", ["autocast", "full"])
+def test_a_parameter_is_asked_and_iterated_as_what_it_is(function: Any, policy: str) -> None:
+    check_against_autocast(Net(function), torch.randn(2, 4), policy=policy)
+
+
+def test_a_parameter_unpacks_into_as_many_parts_as_it_has() -> None:
+    def unpacked(m: Any, x: Tensor) -> Tensor:
+        first, second = m.w
+        return x @ first * second
+
+    with pytest.raises(fxamp.CaptureError, match="too many values to unpack"):
+        fxamp.convert(Net(unpacked))
+
+
+def test_a_graph_that_iterates_a_parameter_checks_its_length() -> None:
+    amp = fxamp.convert(Net(lambda m, x: sum(x @ row for row in m.w)), dtype=torch.bfloat16)
+    amp.w.data = torch.randn(5, 4)
+    with pytest.raises(fxamp.CaptureError, match="goes another way"):
+        amp(torch.randn(2, 4))
