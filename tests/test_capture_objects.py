@@ -6,6 +6,7 @@ import collections
 import copy
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -241,3 +242,169 @@ def test_a_graph_that_iterates_a_parameter_checks_its_length() -> None:
     amp.w.data = torch.randn(5, 4)
     with pytest.raises(fxamp.CaptureError, match="goes another way"):
         amp(torch.randn(2, 4))
+
+
+def block() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4))
+
+
+class Pipe:
+    """An object that owns a module, a parameter and, by its class, another module."""
+
+    shared = block()
+
+    def __init__(self) -> None:
+        self.net = block()
+        self.gain = nn.Parameter(torch.full((4,), 2.0))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.gain
+
+    def both(self, x: Tensor) -> Tensor:
+        return self.shared(self.net(x))
+
+
+class Codec(nn.Module):
+    """Has a method beside its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.drop(self.fc(x)) * scale
+
+    def encode(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        return self.drop(self.fc(x)) * scale
+
+
+class Holder:
+    """A name space whose module is called as a global of this file is."""
+
+    net = block()
+
+
+def linear_of(module: nn.Module, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, module[0].weight)  # type: ignore[index]
+
+
+def through_a_helper(x: Tensor) -> Tensor:
+    def inner(y: Tensor) -> Tensor:
+        return Holder.net(y)
+
+    return inner(x)
+
+
+net = nn.Linear(3, 3)  # of no use to any of these
+MODULES, TABLE, PIPE = [block()], {"a": block()}, Pipe()
+CALLABLES: dict[str, tuple[Callable[..., Any], list[str]]] = {
+    "an object": (Pipe(), ["gain", "net.0.weight"]),
+    "a method of an object": (Pipe().both, ["net.0.weight", "shared.0.weight"]),
+    "a module with arguments": (functools.partial(Codec(), scale=3.0), ["fc.weight"]),
+    "a method with arguments": (functools.partial(Codec().encode, scale=3.0), ["fc.weight"]),
+    "a function with a module": (functools.partial(linear_of, block()), ["0.0.weight"]),
+    "a list": (lambda x: MODULES[0](x), ["MODULES.0.0.weight"]),
+    "a dict": (lambda x: TABLE["a"](x), ["TABLE.a.0.weight"]),
+    "an object of a variable": (lambda x: PIPE.net(x), ["PIPE.net.0.weight"]),
+    "a class": (lambda x: Holder.net(x), ["Holder.net.0.weight"]),
+    "a function inside": (through_a_helper, ["Holder.net.0.weight"]),
+    "a function of a variable": (lambda x: through_a_helper(x), ["through_a_helper.Holder.net.0.weight"]),
+    "a parameter alone": (lambda x: x @ PIPE.net[0].weight, ["PIPE.net.0.weight"]),
+    "a mode alone": (lambda x: nn.functional.dropout(x, 0.5, PIPE.net.training), ["PIPE.net.0.weight"]),
+    "a default": (lambda x, f=MODULES[0]: f(x), ["f.0.weight"]),
+    "a module made by the call": (lambda x: nn.Sequential(nn.ReLU(), nn.Dropout(0.0))(x), []),
+}
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_a_callable_owns_the_modules_it_reaches(name: str) -> None:
+    function, expected = CALLABLES[name]
+    amp, x = fxamp.convert(function, dtype=torch.bfloat16), torch.randn(2, 4)
+    names = list(amp.state_dict())
+    assert names[:1] == expected[:1]
+    assert set(expected) <= set(names)
+    for _ in range(2):
+        torch.manual_seed(0)
+        found = amp(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.manual_seed(0)
+            assert_same(found, function(x))
+    amp.eval()
+    assert_same(amp(x), amp(x))
+    assert [key for key in amp.__dict__ if key.startswith("_constant")] == []
+
+
+def test_a_callable_over_a_module_in_eval_mode_is_in_eval_mode() -> None:
+    pipe = Pipe()
+    pipe.net.eval()
+    amp, x = fxamp.convert(pipe, dtype=torch.bfloat16), torch.randn(2, 4)
+    assert not amp.training
+    assert_same(amp(x), amp(x))
+
+
+def test_a_callable_is_not_changed_by_its_conversion() -> None:
+    pipe = Pipe()
+    pipe.net[1].eval()
+    fxamp.convert(pipe).train()
+    assert [module.training for module in pipe.net] == [True, False, True]
+
+
+def test_a_module_that_only_another_call_reaches_is_an_error() -> None:
+    def f(x: Tensor, other: bool = False) -> Tensor:
+        return [MODULES, TABLE][other]["a" if other else 0](x)  # type: ignore[index]
+
+    amp = fxamp.convert(f)
+    message = "this call of .*f uses TABLE.a, which no call before did"
+    with pytest.raises(fxamp.CaptureError, match=message):
+        amp(torch.randn(2, 4), other=True)
+
+
+class Calling(nn.Module):
+    """Its class says what a call is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        return self.fc(x) * gain
+
+    def __call__(self, x: Tensor) -> Any:
+        return super().__call__(x, gain=2.0) + 1
+
+
+class Passing(Calling):
+    """Its call takes whatever its forward takes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super(Calling, self).__call__(*args, **kwargs).tanh()
+
+
+class Distance(nn.Module):
+    """A loss whose class says what a call is."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).pow(2)
+
+    def __call__(self, output: Tensor, target: Tensor, scale: float = 2.0) -> Any:
+        return super().__call__(output, target).mean() * scale
+
+
+def test_a_class_may_say_what_a_call_is() -> None:
+    x = torch.randn(2, 4)
+    check_against_autocast(Calling(), x)
+    check_against_autocast(Passing(), x, gain=3.0)
+    check_against_autocast(nn.Sequential(Calling(), Passing()), x)
+    check_against_autocast(Calling(), x, loss=Distance(), loss_args=(torch.zeros(2, 4),))
+
+
+def test_hooks_stay_where_the_call_has_them() -> None:
+    model = Calling()
+    model.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(fxamp.CaptureError, match="Calling has hooks, which a graph of its own __call__ would not see"):
+        fxamp.convert(model)
+    codec = Codec().eval()
+    codec.register_forward_hook(lambda module, args, output: output * 2)
+    amp, x = fxamp.convert(codec.encode, dtype=torch.bfloat16), torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(amp(x), codec.encode(x))

@@ -18,6 +18,7 @@ __all__ = [
     "MODE_CALLS",
     "AutogradFunctionCall",
     "assign",
+    "calls_itself",
     "enter_inference_mode",
     "exit_inference_mode",
     "expect",
@@ -38,6 +39,11 @@ CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backw
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks of the user's."""
     return any(getattr(module, name, None) for name in CALL_HOOKS)
+
+
+def calls_itself(module: nn.Module) -> bool:
+    """Whether the class of a module has a ``__call__`` of its own, which may do more than ``forward``."""
+    return type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import linecache
 import os
 import traceback
+from functools import partial
+from types import BuiltinFunctionType
 from typing import Any
 
+import torch
 from torch.fx.proxy import TraceError
 
 from fxamp.capture.source import is_library
@@ -47,4 +50,8 @@ def _qualified(error: Exception, model: str) -> str:
 
 def name_of(function: Any) -> str:
     """What a user calls a function or a module."""
+    if isinstance(function, partial):
+        return name_of(function.func)
+    if isinstance(function, BuiltinFunctionType):
+        return torch.overrides.resolve_name(function) or function.__name__
     return getattr(function, "__qualname__", None) or type(function).__qualname__

@@ -111,14 +111,14 @@ def autograd_functions(record: Record) -> Iterator[None]:
 @contextmanager
 def modules_watched(
     paths: Mapping[int, str],
-    read_training: Callable[[str, bool], None],
+    read_training: Callable[[nn.Module, bool], None],
     set_attribute: Callable[[nn.Module, str, Any], None],
 ) -> Iterator[None]:
     """Tells when a module's ``training`` is read and when an attribute of it is set.
 
     Args:
         paths: identity of each module that counts, to its path.
-        read_training: called with the path and the flag.
+        read_training: called with any module and its flag.
         set_attribute: called in place of the assignment.
     """
     set_module = nn.Module.__setattr__
@@ -128,8 +128,7 @@ def modules_watched(
 
     def training(module: nn.Module) -> bool:
         flag = bool(module.__dict__["training"])
-        if id(module) in paths:
-            read_training(paths[id(module)], flag)
+        read_training(module, flag)
         return flag
 
     def set_training(module: nn.Module, flag: bool) -> None:

@@ -7,14 +7,12 @@ trace runs on a throw-away clone, so nothing a forward does to ``self`` stays.
 from __future__ import annotations
 
 import copy
-import inspect
 import pickle
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from fxamp.capture.clone import clone_trees
 from fxamp.capture.entry import Entry
 from fxamp.capture.facts import Facts
 from fxamp.capture.failures import capture_error, name_of
+from fxamp.capture.holder import adopt, bound_to, entry_of, holder_of, unowned
 from fxamp.capture.patches import python_state
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.capture.surroundings import (
@@ -42,6 +41,7 @@ from fxamp.errors import CaptureError
 
 __all__ = ["Program", "Traced"]
 
+_KEPT = ("_function", "_loss", "_holder", "_loss_module", "_bound", "signature")  # the user's, in a copy too
 _NUMBER = re.compile(r"(int|float)\(\) argument must be|a traced value cannot be")
 
 
@@ -86,32 +86,50 @@ class Program:
     """
 
     def __init__(self, model: Callable[..., Any], loss: Callable[..., Any] | None = None) -> None:
-        self.signature = CallSignature.of(model, loss)
         self.name = name_of(model)
-        owner = _owning_module(model)
-        self._method = model.__name__ if isinstance(model, MethodType) else "forward"
-        self._function = None if owner is not None else model
-        self._holder = owner if owner is not None else _holder(model)
+        entry = entry_of(model)
+        self._method, self._bound = (entry.method, entry.bound) if entry is not None else ("forward", None)
+        self._function = None if entry is not None else model
+        self._holder = entry.owner if entry is not None else holder_of(model)
+        self.signature = CallSignature.of(model if entry is None else entry.signed(), loss)
         self.extras: dict[str, Any] = {}
-        loss_module = loss if isinstance(loss, nn.Module) else None
-        self.tree, self.loss_tree = clone_trees(self._holder, loss_module)
-        self.loss_path = "" if loss_module is None else _free_name(self.tree, "loss")
-        self._loss = loss if loss_module is None else None
-        if loss is not None and has_hooks(self.tree):
+        self._loss_module = loss if isinstance(loss, nn.Module) else None
+        self._loss = loss if self._loss_module is None else None
+        self.has_loss = loss is not None
+        self.adopted, self._settled = 0, False
+        self._strangers: list[Any] = []
+        self._make_trees()
+        self._check_hooks()
+
+    def _make_trees(self) -> None:
+        self.tree, self.loss_tree = clone_trees(self._holder, self._loss_module)
+        self.loss_path = "" if self._loss_module is None else _free_name(self.tree, "loss")
+
+    def _check_hooks(self) -> None:
+        if has_hooks(self.tree) and (self.has_loss or self._method == "__call__"):
+            what = "a loss converted with it" if self.has_loss else "a graph of its own __call__"
             raise CaptureError(
-                f"{self.name} has hooks, which a loss converted with it would not see",
+                f"{self.name} has hooks, which {what} would not see",
                 hint="register them on a submodule, or put the model into a module of its own",
             )
-        self.has_loss = loss is not None
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a call of the model is one that its own hooks see."""
+        return self._method == "forward" and not self.has_loss
+
+    def settle(self) -> None:
+        """What the model owns is known: nothing more is adopted."""
+        self._settled = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what cannot be pickled: a lambda is lost, and with it only the tracing of new calls."""
         functions = {name: _picklable(getattr(self, name)) for name in ("_function", "_loss")}
-        return {**self.__dict__, **functions, "_holder": nn.Module()}
+        return {**self.__dict__, **functions, "_holder": nn.Module(), "_loss_module": None, "_strangers": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         new = object.__new__(Program)
-        kept = {name: self.__dict__[name] for name in ("_function", "_loss", "_holder", "signature")}
+        kept = {name: self.__dict__[name] for name in _KEPT}
         rest = {name: value for name, value in self.__dict__.items() if name not in kept}
         new.__dict__.update(kept, **copy.deepcopy(rest, memo))
         return new
@@ -190,9 +208,13 @@ class Program:
             try:
                 traced, changed = self._trace_once(layout, training, ambient, facts(), untraceable, numbers)
             except CaptureError as error:
+                if self._adopts():
+                    continue
                 if numbers or not _NUMBER.match(str(error.__cause__)):
                     raise
                 numbers = True
+                continue
+            if self._adopts():
                 continue
             if not changed:
                 return traced
@@ -202,6 +224,22 @@ class Program:
                 if not path:
                     raise capture_error(self.name, TraceError(reason))
                 untraceable[path] = reason
+
+    def _adopts(self) -> bool:
+        """Whether a callable turned out to reach modules that were not known to be its own: they are now."""
+        found = unowned(self._holder, self._function, self._strangers) if self._function is not None else {}
+        if not found:
+            return False
+        if self._settled:
+            raise CaptureError(
+                f"this call of {self.name} uses {', '.join(found)}, which no call before did",
+                hint="convert with example_inputs of such a call",
+            )
+        adopt(self._holder, found)
+        self.adopted += 1
+        self.extras.clear()
+        self._make_trees()
+        return True
 
     def _trace_once(
         self,
@@ -216,13 +254,14 @@ class Program:
         root, loss_tree = clone_trees(self.tree, self.loss_tree)
         if self._function is not None:
             root = self._holder  # a function calls the modules it closes over, so these cannot be clones
-        model = self._function or getattr(root, self._method)
+        model = self._function or bound_to(getattr(root, self._method), self._bound)
         entry = Entry(self.signature, layout, model, loss_tree or self._loss)
         modules = _paths(root, loss_tree, self.loss_path)
         device_type = None if ambient is None else ambient[0]
         of_parameters = partial(Facts, [], self.attribute, sizes=True, ambient=ambient)
         tracer = AmpTracer(root, modules, entry, self.extras, untraceable, facts, device_type, of_parameters)
-        if _is_library(root) and self._method == "forward":
+        self._strangers = tracer.strangers
+        if _is_library(root) and self._method == "forward" and self._bound is None:
             entry.model = tracer.call_whole
         state = {path: python_state(module) for path, module in modules.items()}
         drawn = torch.get_rng_state()
@@ -262,24 +301,6 @@ def _is_library(module: nn.Module) -> bool:
         nn.Module,
         *containers,
     )
-
-
-def _owning_module(model: Any) -> nn.Module | None:
-    owner = model.__self__ if isinstance(model, MethodType) else model
-    return owner if isinstance(owner, nn.Module) else None
-
-
-def _holder(function: Callable[..., Any]) -> nn.Module:
-    """A module that owns the modules and parameters a function closes over, under their names there."""
-    holder = nn.Module()
-    target = inspect.unwrap(getattr(function, "func", function))
-    if not inspect.isfunction(target):
-        return holder
-    variables = inspect.getclosurevars(target)
-    for name, value in {**variables.globals, **variables.nonlocals}.items():
-        if isinstance(value, nn.Module | nn.Parameter):
-            setattr(holder, name, value)
-    return holder
 
 
 def _picklable(function: Any) -> Any:

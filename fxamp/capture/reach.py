@@ -6,6 +6,7 @@ import collections
 import dis
 import functools
 import gc
+import sys
 from collections.abc import Iterator, Mapping
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
@@ -19,7 +20,7 @@ __all__ = ["reachable", "variables"]
 
 _MOST: Final = 20_000
 _SEQUENCES: Final = (list, tuple, set, frozenset, collections.deque)
-_ENDS: Final = (nn.Module, torch.Tensor, fx.Proxy, fx.Node, type, ModuleType, str, bytes, int, float, complex)
+_ENDS: Final = (nn.Module, torch.Tensor, fx.Proxy, fx.Node, ModuleType, str, bytes, int, float, complex)
 
 
 def reachable(roots: Mapping[str, Any], *, variables_of_modules: bool = True) -> Iterator[tuple[str, Any]]:
@@ -74,6 +75,8 @@ def _parts(value: Any, variables_of_modules: bool) -> dict[str, Any]:
         return variables(value, of_module=variables_of_modules)
     if isinstance(value, MethodType):
         return {"": value.__self__, **({"__func__": value.__func__} if variables_of_modules else {})}
+    if isinstance(value, type):
+        return dict(vars(value)) if variables_of_modules and _is_users(value) else {}
     if isinstance(value, functools.partial):
         return {"": value.func, **dict(_numbered(value.args)), **value.keywords}
     found = dict(_numbered(value)) if isinstance(value, _SEQUENCES) else {}
@@ -81,7 +84,12 @@ def _parts(value: Any, variables_of_modules: bool) -> dict[str, Any]:
         found = {_name(key): item for key, item in value.items()}
     if not found and not hasattr(value, "__dict__"):
         found = dict(_numbered(gc.get_referents(value)))  # slots, the view of a dict, and what else C keeps
-    return found | getattr(value, "__dict__", {})
+    return {"": type(value), **found, **getattr(value, "__dict__", {})}
+
+
+def _is_users(kind: type) -> bool:
+    """Whether a class may hold what is the user's: one of torch's or of Python's own does not."""
+    return kind.__module__.partition(".")[0] not in {"torch", "numpy", *sys.stdlib_module_names}
 
 
 def _numbered(values: Any) -> Iterator[tuple[str, Any]]:

@@ -18,12 +18,11 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from fxamp.capture.bodies import body_of, gives_no_weights
-from fxamp.capture.builtins import shadowed_builtins, shadowed_numbers, unpatched
+from fxamp.capture.builtins import shadowed_builtins, shadowed_numbers
 from fxamp.capture.calls import assign, has_hooks
 from fxamp.capture.composed import COMPOSED
-from fxamp.capture.deciding import DecidingTracer
 from fxamp.capture.facts import Facts
-from fxamp.capture.objects import is_literal, is_remade, parts_of, refuse_what_is_traced
+from fxamp.capture.holder import modules_made
 from fxamp.capture.patches import (
     autograd_functions,
     check_random_state,
@@ -33,7 +32,8 @@ from fxamp.capture.patches import (
     refusals,
     tensor_calls,
 )
-from fxamp.capture.proxy import AmpParameterProxy, AmpProxy, SettlingProxy
+from fxamp.capture.proxy import AmpProxy, SettlingProxy
+from fxamp.capture.reading import ReadingTracer
 from fxamp.capture.regions import RegionRecorder
 from fxamp.capture.source import user_line
 from fxamp.policy.operators import explicit
@@ -66,12 +66,12 @@ class _Mark(NamedTuple):
     refused: int
 
 
-class AmpTracer(DecidingTracer):
+class AmpTracer(ReadingTracer):
     """Traces one entry point of one module tree, once.
 
     After ``run``: ``untraceable`` has the reason for each module that stayed a call because it had to,
-    ``mode_readers`` the modules whose ``training`` flag was read, with its value, and ``composed`` says whether an
-    operator was taken apart for the device type.
+    ``mode_readers`` the modules whose ``training`` flag was read, with its value, and ``composed``
+    says whether an operator was taken apart for the device type.
 
     Args:
         root: the model, or what holds the modules of a function; its own state may be changed.
@@ -95,24 +95,15 @@ class AmpTracer(DecidingTracer):
         device_type: str | None = None,
         of_parameters: Callable[[], Facts] | None = None,
     ) -> None:
-        super().__init__(facts, of_parameters)
+        super().__init__(modules, extras, facts, of_parameters)
         self.untraceable: dict[str, str] = dict(untraceable or {})
-        self.extras = extras
         self.mode_readers: dict[str, bool] = {}
         self.composed = False
         self._device_type = device_type
         self._entry = entry
         self._regions = RegionRecorder(self._emit)
         self._names: list[str] = []
-        self._returned = False  # from the entry point: what comes now is the output
-        self._proxies: dict[str, fx.Proxy] = {}
         self._written: list[tuple[nn.Module, str, bool, Any]] = []
-        self._modules = {id(module): path for path, module in modules.items()}
-        self._tensors: dict[int, str] = {}
-        for path, module in modules.items():
-            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-            for name, tensor in own:
-                self._tensors.setdefault(id(tensor), f"{path}.{name}".lstrip("."))
         self.root = root
 
     def run(self, names: list[str], *, numbers: bool = False) -> fx.Graph:
@@ -128,6 +119,7 @@ class AmpTracer(DecidingTracer):
             with ExitStack() as stack:
                 stack.enter_context(self._regions.recording())
                 stack.enter_context(modules_watched(self._modules, self._read_training, self._set_attribute))
+                self._made = stack.enter_context(modules_made())
                 stack.enter_context(autograd_functions(self._record))
                 stack.enter_context(random_calls(self._record))
                 stack.enter_context(refusals())
@@ -192,17 +184,12 @@ class AmpTracer(DecidingTracer):
         node.meta["source"] = user_line(sys._getframe(1))
         return node
 
-    def path_of_module(self, mod: nn.Module) -> str:
-        path = self._modules.get(id(mod))
-        if path is None:
-            raise NameError(f"calls a {type(mod).__name__} that is no submodule of the model")
-        return path
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _LEAVES) or has_hooks(m)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if id(m) not in self._modules:
+            self._meet(m)
             return forward(*args, **kwargs)  # made in the forward: it is what it is made of
         path = self.path_of_module(m)
         if path in self.untraceable:
@@ -242,52 +229,7 @@ class AmpTracer(DecidingTracer):
         finally:
             self.scope.module_path, self.scope.module_type = outer
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
-        if isinstance(attr_val, torch.Tensor) and id(attr_val) in self._tensors and not self._facts_run():
-            return self._tensor_proxy(attr_val)
-        return attr_val
-
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, torch.Tensor):
-            return self._tensor_proxy(a).node
-        if isinstance(a, nn.Module):
-            return self.create_node("get_attr", self.path_of_module(a), (), {})
-        return super().create_arg(a) if is_literal(a) else self._object(a)
-
     # -- our own -----------------------------------------------------------------------------------
-
-    def _tensor_proxy(self, tensor: torch.Tensor) -> fx.Proxy:
-        name = self._tensors.get(id(tensor)) or self._plain_attribute(tensor)
-        if name not in self._proxies:
-            node = self.create_node("get_attr", name, (), {})
-            self._proxies[name] = AmpParameterProxy(node, self, tensor)
-        return self._proxies[name]
-
-    def _plain_attribute(self, tensor: torch.Tensor) -> str:
-        """The name of a tensor that is no parameter or buffer: a plain attribute, or one from outside."""
-        name = self.tensor_attrs.get(tensor) or self._extra(tensor)
-        self._tensors[id(tensor)] = name
-        return name
-
-    def _extra(self, value: Any) -> str:
-        name = next((key for key, known in self.extras.items() if known is value), None)
-        if name is None:
-            name = f"_constant_{len(self.extras)}"
-            self.extras[name] = value
-        return name
-
-    def _object(self, value: Any) -> fx.Node:
-        """An object of Python's: made again at every call, or handed on when it holds no traced value."""
-        value = unpatched(value)
-        if not is_remade(value):
-            try:
-                refuse_what_is_traced(value)
-                return self.create_node("get_attr", self._extra(value), (), {})
-            except TraceError:
-                if not self._returned or callable(value):
-                    raise  # whom it is handed to may write to it, which this trace could not see
-        made, parts = parts_of(value)
-        return self.create_node("call_function", made, tuple(self.create_arg(part) for part in parts), {})
 
     def _mark(self) -> _Mark:
         last = next(iter(reversed(self.graph.nodes)), self.graph._root)
@@ -315,8 +257,12 @@ class AmpTracer(DecidingTracer):
             else:
                 module.__dict__.pop(name, None)
 
-    def _read_training(self, path: str, training: bool) -> None:
-        self.mode_readers[path] = training
+    def _read_training(self, module: nn.Module, training: bool) -> None:
+        path = self._modules.get(id(module))
+        if path is None:
+            self._meet(module)
+        else:
+            self.mode_readers[path] = training
 
     def _set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         existed = name in module.__dict__

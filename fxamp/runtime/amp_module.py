@@ -51,9 +51,9 @@ class AmpModule(fx.GraphModule):
 
     def _adopt(self, program: Program) -> None:
         """Becomes the root of the module tree: its tensors, submodules, hooks and mode."""
-        inherited = nn.Module().__dict__
+        inherited = set(nn.Module().__dict__).difference(() if program.hooked else CALL_HOOKS)
         for name, value in program.tree.__dict__.items():
-            if (name in inherited and not (program.has_loss and name in CALL_HOOKS)) or isinstance(value, torch.Tensor):
+            if name in inherited or isinstance(value, torch.Tensor):
                 self.__dict__[name] = value
         self.__dict__["_modules"] = program.whole._modules
         for module in program.loss_tree.modules() if program.loss_tree is not None else ():

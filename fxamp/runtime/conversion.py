@@ -106,13 +106,16 @@ class Conversion:
         Raises:
             CaptureError, PlanError, PolicyError: as the stages do.
         """
-        policy = asked.resolve(program.whole)
+        policy, adopted = asked.resolve(program.whole), program.adopted
         mode = _mode_of(program.whole)
         base = layout if layout is not None else _base_layout(program, mode, policy)
         new = Conversion(program, asked, stages, policy, mode, base, examples)
         for name in dict.fromkeys((mode, "train", "eval")):
             new._trace(name, base)
         new._finish()
+        if program.adopted != adopted:  # it has modules now whose mode and device count
+            return Conversion.start(program, asked, stages, layout, examples)
+        program.settle()
         return new
 
     def _finish(self) -> None:
