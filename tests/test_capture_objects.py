@@ -14,6 +14,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+    unpack_sequence,
+)
 
 import fxamp
 from tests.helpers import assert_same, check_against_autocast
@@ -408,3 +415,97 @@ def test_hooks_stay_where_the_call_has_them() -> None:
     amp, x = fxamp.convert(codec.encode, dtype=torch.bfloat16), torch.randn(2, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(amp(x), codec.encode(x))
+
+
+LENGTHS = torch.tensor([5, 3, 2])
+UNSORTED = torch.tensor([2, 5, 3])
+
+
+class Stateful(nn.Module):
+    """A recurrent layer that stays one call."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.calls = layer, 0
+
+    def forward(self, sequence: PackedSequence) -> PackedSequence:
+        self.calls += 1
+        return self.layer(sequence)[0]  # type: ignore[no-any-return]
+
+
+class Recurrent(nn.Module):
+    """A module around a function of (module, x), with recurrent layers at hand."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Any], layer: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn, self.fc = layer(8, 8, batch_first=True), nn.Linear(8, 8)
+        self.opaque = Stateful(layer(8, 8, batch_first=True))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def packed(x: Tensor, lengths: Any = LENGTHS) -> PackedSequence:
+    return pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=lengths is not UNSORTED)
+
+
+def padded(sequence: Any) -> Tensor:
+    return pad_packed_sequence(sequence, batch_first=True)[0]
+
+
+def rebuilt(m: Any, sequence: Any) -> PackedSequence:
+    return PackedSequence(m.fc(sequence.data), sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
+
+
+SEQUENCES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "sorted": lambda m, x: m.fc(padded(m.rnn(packed(x))[0])),
+    "unsorted": lambda m, x: m.fc(padded(m.rnn(packed(x, UNSORTED))[0])),
+    "lengths in a list": lambda m, x: [m.fc(padded(m.rnn(packed(x, [5, 3, 2]))[0])), m.rnn(packed(x))[1]],
+    "total length": lambda m, x: m.fc(
+        torch.nn.utils.rnn.pad_packed_sequence(m.rnn(packed(x, UNSORTED))[0], total_length=7)[0]
+    ),
+    "through an opaque call": lambda m, x: m.fc(padded(m.opaque(packed(x)))),
+    "unsorted, through an opaque call": lambda m, x: m.fc(padded(m.opaque(packed(x, UNSORTED)))),
+    "a list of sequences": lambda m, x: m.fc(padded(m.rnn(pack_sequence([x[0], x[1, :3]]))[0])),
+    "back to a list": lambda m, x: m.fc(unpack_sequence(m.rnn(packed(x))[0])[1]),
+    "data alone": lambda m, x: m.fc(m.rnn(packed(x))[0].data),
+    "made anew": lambda m, x: padded(m.rnn(rebuilt(m, m.rnn(packed(x, UNSORTED))[0]))[0]),
+    "made anew of an opaque one": lambda m, x: m.fc(padded(m.rnn(rebuilt(m, m.opaque(packed(x))))[0])),
+    "asked about": lambda m, x: m.fc(x) if m.rnn(packed(x))[0].unsorted_indices is None else x,
+    "asked about, unsorted": lambda m, x: x if m.rnn(packed(x, UNSORTED))[0].unsorted_indices is None else m.fc(x),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("layer", [nn.GRU, nn.LSTM])
+def test_packed_sequences(name: str, layer: type[nn.RNNBase]) -> None:
+    model, x = Recurrent(SEQUENCES[name], layer), torch.randn(3, 5, 8)
+    amp = check_against_autocast(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = copy.deepcopy(model).eval()(x)
+    found = amp.eval()(x)
+    assert [t.stride() for t in found] == [t.stride() for t in expected]
+
+
+def test_a_packed_sequence_is_given_out_as_one() -> None:
+    amp = fxamp.convert(Recurrent(lambda m, x: m.rnn(packed(x)), nn.GRU), dtype=torch.bfloat16)
+    output, _ = amp(torch.randn(3, 5, 8))
+    assert isinstance(output, PackedSequence)
+    assert output.unsorted_indices is None
+
+
+def test_the_order_of_a_sequence_that_only_a_run_tells_is_not_guessed() -> None:
+    def asked(m: Any, x: Tensor) -> Tensor:
+        order = m.opaque(packed(x)).unsorted_indices
+        return m.fc(x) if order is None else x
+
+    with pytest.raises(fxamp.CaptureError, match="asks for the unsorted_indices of a packed sequence, which only a"):
+        fxamp.convert(Recurrent(asked, nn.GRU))
+
+
+def test_torch_is_as_it_was_after_a_trace() -> None:
+    before = pad_packed_sequence.__code__
+    fxamp.convert(Recurrent(SEQUENCES["sorted"], nn.GRU))
+    assert pad_packed_sequence.__code__ is before
+    assert padded(packed(torch.randn(3, 5, 8))).shape == (3, 5, 8)

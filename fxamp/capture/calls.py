@@ -29,7 +29,6 @@ __all__ = [
     "manual_seed",
     "restore_states",
     "set_rng_state",
-    "unsorted_indices",
 ]
 
 
@@ -98,12 +97,6 @@ def restore_states(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
     torch.set_rng_state(states[0])
     if states[1]:
         torch.cuda.set_rng_state_all(states[1])
-
-
-def unsorted_indices(sequence: Any) -> torch.Tensor:
-    """The order that a packed sequence was given in, also where it was sorted already and torch keeps None."""
-    indices: torch.Tensor | None = sequence.unsorted_indices
-    return torch.arange(int(sequence.batch_sizes[0]), device=sequence.data.device) if indices is None else indices
 
 
 _inference_modes: list[Any] = []

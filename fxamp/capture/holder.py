@@ -108,11 +108,10 @@ def _place(holder: nn.Module, path: str, value: Any) -> None:
     *parents, name = path.split(".")
     owner = holder
     for parent in parents:
-        inner = owner._modules.get(parent)
-        if inner is None:
-            inner = nn.Module()
-            owner.add_module(_free(owner, parent), inner)
-        owner = inner
+        if parent not in owner._modules:
+            parent = _free(owner, parent)
+            owner.add_module(parent, nn.Module())
+        owner = owner.get_submodule(parent)
     setattr(owner, _free(owner, name), value)
     flags = {module.training for module in value.modules()} if isinstance(value, nn.Module) else set()
     if len(flags) == 1 and len({child.training for child in holder.children()} | flags) == 1:

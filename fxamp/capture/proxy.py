@@ -8,6 +8,7 @@ an attribute of a traced value is refused instead of lost.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import fx
 from torch.fx.proxy import Attribute, TraceError
 
 from fxamp.capture.builtins import known_kind
-from fxamp.capture.calls import unsorted_indices
+from fxamp.capture.packed import ORDERS, hands_on_at_once
+from fxamp.capture.source import user_frame
 
 __all__ = ["AmpAttribute", "AmpParameterProxy", "AmpProxy", "SettlingProxy"]
 
@@ -29,8 +31,8 @@ class _Recorded(fx.Proxy):
     """What our proxies add to torch.fx's."""
 
     def __getattr__(self, name: str) -> Any:
-        if name == "unsorted_indices":  # torch asks whether it is None, which a trace cannot see
-            return self.tracer.create_proxy("call_function", unsorted_indices, (self,), {})
+        if name in ORDERS and not hands_on_at_once(user_frame(sys._getframe(1))):
+            raise TraceError(f"asks for the {name} of a packed sequence, which only a run tells")
         kind = self._kind()
         if name.startswith("__array") or (kind is not None and not hasattr(kind, name)):
             raise AttributeError(name)  # numpy asks; it would take a traced value for an array

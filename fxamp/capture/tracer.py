@@ -23,6 +23,7 @@ from fxamp.capture.calls import assign, has_hooks
 from fxamp.capture.composed import COMPOSED
 from fxamp.capture.facts import Facts
 from fxamp.capture.holder import modules_made
+from fxamp.capture.packed import packed_like_its_input, packed_sequences
 from fxamp.capture.patches import (
     autograd_functions,
     check_random_state,
@@ -121,6 +122,7 @@ class AmpTracer(ReadingTracer):
                 stack.enter_context(modules_watched(self._modules, self._read_training, self._set_attribute))
                 self._made = stack.enter_context(modules_made())
                 stack.enter_context(autograd_functions(self._record))
+                stack.enter_context(packed_sequences(self._record))
                 stack.enter_context(random_calls(self._record))
                 stack.enter_context(refusals())
                 stack.enter_context(tensor_calls(self._record, self._record_method))
@@ -206,7 +208,9 @@ class AmpTracer(ReadingTracer):
             self._go_back(mark)
             self.untraceable[path] = _reason(error)
             return self._call_leaf(m, path, args, kwargs)
-        return (result[0], None) if gives_no_weights(m, args, kwargs) else result
+        if gives_no_weights(m, args, kwargs):
+            return result[0], None
+        return packed_like_its_input(m, args, kwargs, result)
 
     def call_whole(self, *args: Any, **kwargs: Any) -> Any:
         """The model itself as one call, for a model that is a module of torch."""
