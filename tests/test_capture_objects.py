@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import (
     pad_packed_sequence,
     unpack_sequence,
 )
+from torch.utils import _pytree as pytree
 
 import fxamp
 from tests.helpers import assert_same, check_against_autocast
@@ -485,7 +486,8 @@ def test_packed_sequences(name: str, layer: type[nn.RNNBase]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         expected = copy.deepcopy(model).eval()(x)
     found = amp.eval()(x)
-    assert [t.stride() for t in found] == [t.stride() for t in expected]
+    strides = [[t.stride() for t in pytree.tree_leaves(value)] for value in (found, expected)]
+    assert strides[0] == strides[1]
 
 
 def test_a_packed_sequence_is_given_out_as_one() -> None:
@@ -509,3 +511,141 @@ def test_torch_is_as_it_was_after_a_trace() -> None:
     fxamp.convert(Recurrent(SEQUENCES["sorted"], nn.GRU))
     assert pad_packed_sequence.__code__ is before
     assert padded(packed(torch.randn(3, 5, 8))).shape == (3, 5, 8)
+
+
+def check_both_modes(amp: nn.Module, model: nn.Module, x: Tensor) -> None:
+    """The same bits in train and eval mode, where each of them is switched on its own."""
+    for training in (True, False):
+        for owner in (amp, model):
+            owner.train(training)
+        torch.manual_seed(0)
+        found = amp(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.manual_seed(0)
+            assert_same(found, model(x))
+
+
+def modes_of(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+class Counting(nn.Module):
+    """Stays one call, around another module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        return self.inner(x)
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "scripted": lambda: torch.jit.script(block()),
+    "scripted, in an opaque module": lambda: Counting(torch.jit.script(block())),
+    "scripted, with a part used twice": lambda: nn.Sequential(*[torch.jit.script(block())] * 2),
+    "traced": lambda: torch.jit.trace(block().eval(), torch.randn(2, 4)),
+    "compiled": lambda: torch.compile(block(), backend="eager"),
+    "compiled, in an opaque module": lambda: Counting(torch.compile(block(), backend="eager")),
+    "converted": lambda: fxamp.convert(block(), dtype=torch.bfloat16),
+    "converted, in an opaque module": lambda: Counting(fxamp.convert(block(), dtype=torch.bfloat16)),
+    "converted in a converted one": lambda: nn.Sequential(
+        fxamp.convert(nn.Sequential(fxamp.convert(block(), dtype=torch.bfloat16), block()), dtype=torch.bfloat16)
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and Dynamo reads .grad of what is no leaf
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_another_kind_keeps_its_modes_to_itself(name: str) -> None:
+    part, x = PARTS[name](), torch.randn(2, 4)
+    model = nn.Sequential(nn.Linear(4, 4), part)
+    before = modes_of(model)
+    amp = fxamp.convert(model, dtype=torch.bfloat16)
+    assert modes_of(model) == before
+    assert list(amp.state_dict()) == list(model.state_dict())
+    assert all(a is b for a, b in zip(amp.parameters(), model.parameters(), strict=True))
+    model.train()
+    amp.eval()
+    assert all(modes_of(model)) or name == "traced"
+    assert_same(amp(x), amp(x))
+    model.eval()
+    assert not any(modes_of(model))
+    check_both_modes(amp, model, x)
+    check_both_modes(fxamp.convert(model, dtype=torch.bfloat16, example_inputs=(x,)), model, x)
+
+
+def test_a_converted_part_still_runs_the_graph_of_its_mode() -> None:
+    inner, x = fxamp.convert(block(), dtype=torch.bfloat16), torch.ones(8, 4)
+    fxamp.convert(nn.Sequential(nn.Linear(4, 4), inner)).eval()
+    assert not torch.equal(inner(x), inner(x))
+    assert_same(inner.eval()(x), inner(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and Dynamo reads .grad of what is no leaf
+def test_a_frozen_scripted_part_has_no_mode() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), torch.jit.freeze(torch.jit.script(block().eval()))), torch.randn(2, 4)
+    check_both_modes(fxamp.convert(model, dtype=torch.bfloat16), model, x)
+
+
+def test_an_exported_model_has_one_mode() -> None:
+    x = torch.randn(2, 4)
+    exported = torch.export.export(block().eval(), (x,)).module()
+    for model in (exported, nn.Sequential(nn.Linear(4, 4), exported)):
+        amp = fxamp.convert(model, dtype=torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same(amp(x), model(x))
+        with pytest.raises(NotImplementedError, match="not supported yet"):
+            amp.eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_nested_tensor_may_be_an_example() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
+    model = nn.Linear(4, 4)
+    amp = fxamp.convert(model, dtype=torch.bfloat16, example_inputs=(nested,))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(amp(nested).values(), model(nested).values())
+
+
+@torch.compile(backend="eager")
+def compiled(x: Tensor) -> Tensor:
+    return x @ x
+
+
+COMPILED = (
+    "the model is compiled already: expected one that can be traced\n\n"
+    "hint: convert it first: torch.compile(fxamp.convert(model))"
+)
+SCRIPTED = (
+    "the model is scripted: its calls cannot be seen\n\n"
+    "hint: convert the model before torch.jit.script, or put it into a module: nn.Sequential(model)"
+)
+NOT_MODELS: list[tuple[Callable[[], Any], str]] = [
+    (lambda: nn.Linear, "found the class Linear: expected a module\n\nhint: fxamp.convert(Linear(...))"),
+    (lambda: torch.compile(block()), COMPILED),
+    (lambda: compiled, COMPILED),
+    (lambda: torch.jit.script(block()), SCRIPTED),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and Dynamo reads .grad of what is no leaf
+@pytest.mark.parametrize(("make", "message"), NOT_MODELS)
+def test_what_is_no_model_is_told_what_to_do(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(fxamp.CaptureError) as caught:
+        fxamp.convert(make())
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (nn.MSELoss, "the loss is the class MSELoss\n\nhint: write loss=MSELoss()"),
+        (3, "the loss is 3: expected a callable\n\nhint: write loss=torch.nn.functional.mse_loss"),
+    ],
+)
+def test_what_is_no_loss_is_told_what_to_write(loss: Any, message: str) -> None:
+    with pytest.raises(fxamp.CaptureError) as caught:
+        fxamp.convert(block(), loss)
+    assert str(caught.value) == message

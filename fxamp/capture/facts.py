@@ -24,7 +24,7 @@ from fxamp.capture.clone import clone_tree
 from fxamp.capture.regions import AutocastState, autocast_as, state_of
 from fxamp.dtypes import is_castable
 
-__all__ = ["UNTOLD", "Facts", "run_on_fakes", "without_log"]
+__all__ = ["UNTOLD", "Facts", "has_nested", "run_on_fakes", "without_log"]
 
 UNTOLD: Final = object()
 
@@ -194,7 +194,14 @@ class Facts:
         return name in _OF_DTYPES or any(source in self._typed for source in node.all_input_nodes)
 
     def _fake(self, value: Any) -> Any:
+        if has_nested(value):
+            return UNTOLD
         return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
+
+
+def has_nested(value: Any) -> bool:
+    """Whether there is a nested tensor in it: no fake one can be made of these."""
+    return any(isinstance(leaf, torch.Tensor) and leaf.is_nested for leaf in pytree.tree_leaves(value))
 
 
 def run_on_fakes(module: nn.Module, args: Any, kwargs: Mapping[str, Any], fake: Callable[[Any], Any]) -> Any:

@@ -48,9 +48,13 @@ def hands_on_at_once(frame: FrameType | None) -> bool:
 def packed_sequences(record: Callable[..., Any]) -> Iterator[None]:
     """Records as one call what takes a sequence apart of which only a run tells how."""
     with ExitStack() as stack:
-        stack.enter_context(_recorded(rnn.pad_packed_sequence, record, lambda sequence: isinstance(sequence, fx.Proxy)))
+        stack.enter_context(_recorded(rnn.pad_packed_sequence, record, _is_traced))
         stack.enter_context(_recorded(rnn.unpad_sequence, record, lambda padded: isinstance(padded, fx.Proxy)))
         yield
+
+
+def _is_traced(sequence: Any) -> bool:
+    return isinstance(sequence, fx.Proxy) or isinstance(sequence.unsorted_indices, fx.Proxy)
 
 
 @contextmanager
@@ -64,7 +68,7 @@ def _recorded(function: Any, record: Callable[..., Any], when: Callable[[Any], b
 
     name = f"_fxamp_{function.__name__}"
     space: dict[str, Any] = {}
-    exec(f"def {function.__name__}(*args, **kwargs): return {name}(*args, **kwargs)", space)
+    exec(compile(f"def {function.__name__}(*args, **kwargs): return {name}(*args, **kwargs)", __file__, "exec"), space)
     with mock.patch.dict(function.__globals__, {name: call}):
         function.__code__, function.__defaults__ = space[function.__name__].__code__, None
         try:

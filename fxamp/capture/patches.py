@@ -34,11 +34,13 @@ from fxamp.capture.calls import (
 __all__ = [
     "autograd_functions",
     "check_random_state",
+    "mode_of",
     "modules_watched",
     "python_state",
     "random_calls",
     "random_state",
     "refusals",
+    "set_mode",
     "tensor_calls",
 ]
 
@@ -108,6 +110,22 @@ def autograd_functions(record: Record) -> Iterator[None]:
         yield
 
 
+def mode_of(module: nn.Module) -> bool:
+    """The ``training`` flag; a scripted module keeps it elsewhere, or has none once it is frozen."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return bool(module.__dict__.get("training", False))
+    compiled = module._c
+    return bool(compiled.hasattr("training") and compiled.getattr("training"))
+
+
+def set_mode(module: nn.Module, flag: bool) -> None:
+    """Sets the ``training`` flag of one module, and nothing else."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        module.__dict__["training"] = flag
+    elif module._c.hasattr("training"):
+        module._c.setattr("training", flag)
+
+
 @contextmanager
 def modules_watched(
     paths: Mapping[int, str],
@@ -127,7 +145,7 @@ def modules_watched(
         (set_attribute if id(module) in paths else set_module)(module, name, value)
 
     def training(module: nn.Module) -> bool:
-        flag = bool(module.__dict__["training"])
+        flag = mode_of(module)
         read_training(module, flag)
         return flag
 

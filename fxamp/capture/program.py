@@ -25,7 +25,7 @@ from fxamp.capture.entry import Entry
 from fxamp.capture.facts import Facts
 from fxamp.capture.failures import capture_error, name_of
 from fxamp.capture.holder import adopt, bound_to, entry_of, holder_of, unowned
-from fxamp.capture.patches import python_state
+from fxamp.capture.patches import mode_of, python_state
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.capture.surroundings import (
     Ambient,
@@ -159,8 +159,9 @@ class Program:
         tree, loss_tree = clone_trees(self.tree, self.loss_tree)
         for module in (tree, loss_tree):
             if module is not None and mode != "as_is":
-                module.train(mode == "train")
-        return {path: module.training for path, module in _paths(tree, loss_tree, self.loss_path).items()}
+                with suppress(NotImplementedError):  # an exported model has one mode
+                    module.train(mode == "train")
+        return {path: mode_of(module) for path, module in _paths(tree, loss_tree, self.loss_path).items()}
 
     def shared(self) -> Program:
         """A program of its own module tree over the same tensors."""

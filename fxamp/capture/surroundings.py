@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
-from fxamp.capture.patches import python_state
+from fxamp.capture.patches import mode_of, python_state, set_mode
 from fxamp.capture.regions import autocast_as
 
 __all__ = ["Ambient", "autocast_answers", "caches_emptied", "changed_modules", "check_root", "modes", "purged"]
@@ -36,14 +36,14 @@ _QUESTIONS: Final = tuple(
 @contextmanager
 def modes(modules: Mapping[str, nn.Module], training: Mapping[str, bool]) -> Iterator[None]:
     """The ``training`` flags that a trace is made with; the modules get theirs back."""
-    before = {module: module.training for module in modules.values()}
+    before = {module: mode_of(module) for module in modules.values()}
     try:
         for path, module in modules.items():
-            module.__dict__["training"] = training.get(path, module.training)
+            set_mode(module, training.get(path, mode_of(module)))
         yield
     finally:
         for module, flag in before.items():
-            module.__dict__["training"] = flag
+            set_mode(module, flag)
 
 
 @contextmanager

@@ -17,9 +17,11 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
+from fxamp.capture.arguments import map_leaves
 from fxamp.capture.bodies import body_of, gives_no_weights
 from fxamp.capture.builtins import shadowed_builtins, shadowed_numbers
 from fxamp.capture.calls import assign, has_hooks
+from fxamp.capture.clone import is_compiled
 from fxamp.capture.composed import COMPOSED
 from fxamp.capture.facts import Facts
 from fxamp.capture.holder import modules_made
@@ -187,12 +189,14 @@ class AmpTracer(ReadingTracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LEAVES) or has_hooks(m)
+        return isinstance(m, _LEAVES) or has_hooks(m) or hasattr(type(m), "__fxamp_clone__")
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if id(m) not in self._modules:
             self._meet(m)
             return forward(*args, **kwargs)  # made in the forward: it is what it is made of
+        if is_compiled(m):
+            return m.get_submodule("_orig_mod")(*args, **kwargs)  # how it is run does not change what it computes
         path = self.path_of_module(m)
         if path in self.untraceable:
             return self._call_leaf(m, path, args, kwargs)
@@ -283,7 +287,7 @@ class AmpTracer(ReadingTracer):
 
 
 def _nodes_of(arguments: Any) -> Any:
-    return fx.node.map_aggregate(arguments, lambda value: value.node if isinstance(value, fx.Proxy) else value)
+    return map_leaves(arguments, fx.Proxy, lambda proxy: proxy.node)
 
 
 def _reason(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
 from fxamp.capture.calls import MODE_CALLS
-from fxamp.capture.facts import run_on_fakes, without_log
+from fxamp.capture.facts import has_nested, run_on_fakes, without_log
 from fxamp.capture.regions import autocast_as
 from fxamp.dtypes import is_castable
 from fxamp.errors import CaptureError
@@ -77,6 +77,8 @@ class FakeObserver:
         return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
     def _fake(self, value: Any) -> Any:
+        if has_nested(value):
+            return _MISSING
         return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
 
     def _run(self, node: fx.Node, decision: Decision) -> Any:

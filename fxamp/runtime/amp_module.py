@@ -183,6 +183,11 @@ class AmpModule(fx.GraphModule):
             self._conversion.scaler._bind(self)
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        # A hook of the model's is given this module, and reads what the model's own constructor set.
+        own = self.__dict__["_conversion"].program.tree.__dict__ if "_conversion" in self.__dict__ else {}
+        return own[name] if name in own else super().__getattr__(name)
+
     @property
     def _this(self) -> AmpModule:
         return self  # what an assignment to ``self`` in the model's own forward writes to
@@ -204,6 +209,15 @@ class AmpModule(fx.GraphModule):
         function, arguments = self.__reduce__()
         new: AmpModule = function(*copy.deepcopy(arguments, memo))
         memo[id(self)] = new
+        return new
+
+    def __fxamp_clone__(self, memo: dict[int, Any], clone: Any) -> AmpModule:
+        """A copy in a clone of the model that this is a part of; its mode and its modules are its own."""
+        new: AmpModule = object.__new__(type(self))
+        memo[id(self)] = new
+        own = {**self.__dict__, "_conversion": None}
+        new.__dict__.update({name: clone(value, memo) for name, value in own.items()})
+        new.__dict__["_conversion"] = self._conversion.cloned(functools.partial(clone, memo=memo))
         return new
 
     def __copy__(self) -> AmpModule:

@@ -6,6 +6,7 @@ one. The later stages (rewriting, reporting) are handed in as functions, so that
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -236,6 +237,16 @@ class Conversion:
             new.scaler.load_state_dict(self.scaler.state_dict())
         return new
 
+    def cloned(self, clone: Callable[[Any], Any]) -> Conversion:
+        """The same graphs, over what ``clone`` makes of each module."""
+        program = copy.copy(self.program)
+        program.tree, program.loss_tree = clone(program.tree), clone(program.loss_tree)
+        variants = [
+            (mode, replace(variant, mode_flags=tuple((clone(module), flag) for module, flag in variant.mode_flags)))
+            for mode, variant in self.variants
+        ]
+        return replace(self, program=program, variants=variants)
+
     def _check_op_overrides(self) -> None:
         decisions = (decision for _, variant in self.variants for decision in variant.plan)
         seen = {decision.aten for decision in decisions if decision.aten and decision.reason != "in-place"}
@@ -288,7 +299,7 @@ def _ambient(policy: Policy) -> tuple[str, torch.dtype] | None:
 
 
 def _mode_of(tree: nn.Module) -> str:
-    flags = {module.training for module in tree.modules()}
+    flags = {module.training for module in tree.modules() if hasattr(module, "training")}
     if len(flags) > 1:
         return "as_is"
     return "train" if flags.pop() else "eval"
