@@ -649,3 +649,193 @@ def test_what_is_no_loss_is_told_what_to_write(loss: Any, message: str) -> None:
     with pytest.raises(fxamp.CaptureError) as caught:
         fxamp.convert(block(), loss)
     assert str(caught.value) == message
+
+
+class Dropping(nn.Module):
+    """A layer and a dropout, to be patched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drop, self.gru = nn.Linear(4, 4), nn.Dropout(0.5), nn.GRU(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.gru(self.drop(self.fc(x)))[0]
+
+
+class Doubled:
+    """A function in the place of another."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.function(x) * 2
+
+
+KEPT: dict[str, Any] = {}
+
+
+def patch_by_closure(model: Dropping) -> None:
+    old = model.drop.forward
+    model.drop.forward = lambda x: old(x) * 2
+
+
+def patch_the_model(model: Dropping) -> None:
+    old = model.forward
+    model.forward = lambda x: old(x) * 2
+
+
+def patch_by_global(model: Dropping) -> None:
+    KEPT["old"] = model.drop.forward
+    model.drop.forward = lambda x: KEPT["old"](x) * 2
+
+
+def patch_by_object(model: Dropping) -> None:
+    model.drop.forward = Doubled(model.drop.forward)
+
+
+def patch_by_partial(model: Dropping) -> None:
+    model.drop.forward = functools.partial(lambda old, x: old(x) * 2, model.drop.forward)
+
+
+def patch_with_another_module(model: Dropping) -> None:
+    old, adapter = model.fc.forward, nn.Linear(4, 4)
+    model.fc.forward = lambda x: old(x) + model.drop(adapter(x))
+
+
+def patch_an_attribute(model: Dropping) -> None:
+    drop = model.drop
+    model.act = lambda x: drop(x)
+    model.__class__ = type("Acting", (Dropping,), {"forward": lambda self, x: self.act(self.fc(x))})
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        patch_by_closure,
+        patch_the_model,
+        patch_by_global,
+        patch_by_object,
+        patch_by_partial,
+        patch_with_another_module,
+        patch_an_attribute,
+    ],
+)
+def test_a_patched_forward_follows_the_mode_of_the_result(patch: Callable[[Any], None]) -> None:
+    model, x = Dropping(), torch.randn(2, 4)
+    patch(model)
+    amp = fxamp.convert(model, dtype=torch.bfloat16)
+    assert all(modes_of(model))
+    amp.eval()
+    assert_same(amp(x), amp(x))
+    model.eval()
+    amp.train()
+    assert not torch.equal(amp(x), amp(x))
+    check_both_modes(amp, model, x)
+
+
+def test_a_patched_forward_that_cannot_be_traced_does_not_run_the_users_module() -> None:
+    model = Dropping()
+    old = model.drop.forward
+    model.drop.forward = lambda x: old(x) if x.sum() > 0 else x
+    message = (
+        "calls the forward that was set on Dropout 'drop', which uses the model that was converted and not the result"
+    )
+    with pytest.raises(fxamp.CaptureError, match=message):
+        fxamp.convert(nn.Sequential(model))
+
+
+class Drawing(nn.Module):
+    """A module around a function of (module, x), with a generator at hand."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.fc, self.generator = nn.Linear(4, 4), torch.Generator()
+        self.generator.manual_seed(5)
+        self.generators = [self.generator]
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.fc(x) + torch.randn(4, generator=m.generator),
+        lambda m, x: m.fc(x) * torch.empty(4).normal_(generator=m.generators[0]),
+        lambda m, x: m.fc(x) * torch.bernoulli(torch.full((4,), 0.5), generator=m.generator),
+        lambda m, x: m.fc(x).float().softmax(-1).multinomial(2, generator=m.generator),
+        lambda m, x: m.fc(x) * torch.rand(4, generator=torch.Generator().manual_seed(1)),
+        lambda m, x: m.fc(x) if isinstance(m.generator, torch.Generator) else x,
+    ],
+)
+@pytest.mark.parametrize("examples", [False, True])
+def test_a_generator_goes_on_from_call_to_call(function: Any, examples: bool) -> None:
+    model, x = Drawing(function), torch.randn(2, 4)
+    expected, before = copy.deepcopy(model), model.generator.get_state()
+    amp = fxamp.convert(model, dtype=torch.bfloat16, example_inputs=(x,) if examples else None)
+    assert torch.equal(model.generator.get_state(), before)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same(amp(x), expected(x))
+    assert torch.equal(model.generator.get_state(), expected.generator.get_state())
+
+
+def test_a_generator_that_is_seeded_at_every_call() -> None:
+    def seeded(m: Any, x: Tensor) -> Tensor:
+        m.generator.manual_seed(5)  # the state that it is in already, before the first call
+        return m.fc(x) * torch.rand(4, generator=m.generator)
+
+    with pytest.raises(fxamp.CaptureError, match=r"sets the state of a torch\.Generator, which a graph would forget"):
+        fxamp.convert(Drawing(seeded))
+    check_against_autocast(nn.Sequential(Drawing(seeded), nn.Linear(4, 4)), torch.randn(2, 4))
+
+
+def gain_of(x: Tensor) -> Tensor:
+    return (x @ x.t()).relu() * 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_function_is_one_call() -> None:
+    gain: Any = torch.jit.script(gain_of)
+    model, x = Net(lambda m, x: gain(m.fc(x)) @ x), torch.randn(2, 4)
+    check_both_modes(fxamp.convert(model, dtype=torch.bfloat16), model, x)
+    assert_same(copy.deepcopy(fxamp.convert(model, policy="full"))(x), model(x))
+
+
+REFUSALS: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
+    "an unknown generator": (
+        lambda m, x: torch.rand(4, generator=type(m.generator)()),
+        "uses a torch.Generator that is no attribute of a module",
+    ),
+    "a parameter": (lambda m, x: nn.Parameter(torch.ones(4)) * x, "makes a parameter, which would be a new one at"),
+    "a layer": (lambda m, x: nn.Linear(4, 4)(x), "makes a parameter, which would be a new one at every call"),
+    "a mode": (lambda m, x: m.fc.eval()(x), "switches the mode of Linear, which a graph would forget"),
+    "vmap": (lambda m, x: torch.vmap(lambda row: row @ x)(x), "calls a function transform of torch's, which cannot"),
+    "grad": (lambda m, x: torch.func.grad(lambda y: y.sum())(x), "calls a function transform of torch's, which can"),
+    "functional_call": (
+        lambda m, x: torch.func.functional_call(m.fc, {"weight": m.fc.weight * 2}, (x,)),
+        "calls a function transform of torch's, which cannot be traced into",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("examples", [False, True])
+def test_a_refusal_names_the_users_line_and_thing(name: str, examples: bool) -> None:
+    function, message = REFUSALS[name]
+    with pytest.raises(fxamp.CaptureError) as caught:
+        fxamp.convert(Drawing(function), example_inputs=(torch.randn(4, 4),) if examples else None)
+    assert message in str(caught.value)
+    assert f"({__file__.rpartition('/')[2]}:" in str(caught.value)
+    assert "Proxy" not in str(caught.value)
+
+
+def test_a_builtin_is_named_as_users_write_it() -> None:
+    with pytest.raises(fxamp.CaptureError) as caught:
+        fxamp.convert(torch.relu)
+    assert str(caught.value) == (
+        "the signature of torch.relu is not known to Python\n\n"
+        "hint: wrap it in a function of your own: lambda x: torch.relu(x)"
+    )

@@ -17,6 +17,7 @@ __all__ = [
     "CALL_HOOKS",
     "MODE_CALLS",
     "AutogradFunctionCall",
+    "ScriptedCall",
     "assign",
     "calls_itself",
     "enter_inference_mode",
@@ -57,6 +58,23 @@ class AutogradFunctionCall:
 
     def __call__(self, *args: Any) -> Any:
         return self.function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class ScriptedCall:
+    """Calls a function that ``torch.jit.script`` made."""
+
+    function: Any
+
+    @property
+    def __name__(self) -> str:
+        return str(self.function.name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> ScriptedCall:
+        return self  # there is no copy of the function
 
 
 @fx.node.has_side_effect

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from fxamp.capture.builtins import standing_for
 from fxamp.capture.calls import (
     AutogradFunctionCall,
+    ScriptedCall,
     forked_states,
     get_rng_state,
     manual_seed,
@@ -34,6 +35,7 @@ from fxamp.capture.calls import (
 __all__ = [
     "autograd_functions",
     "check_random_state",
+    "compiled_functions",
     "mode_of",
     "modules_watched",
     "python_state",
@@ -97,6 +99,20 @@ _VIEWS: Final = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad"}
 
 
 @contextmanager
+def compiled_functions(record: Record) -> Iterator[None]:
+    """Records a call of what ``torch.jit.script`` made of a function: there is no Python in it to trace."""
+    call: Any = torch.jit.ScriptFunction.__call__
+
+    def call_scripted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if _has_proxy(args, kwargs):
+            return record(ScriptedCall(function), args, kwargs)
+        return call(function, *args, **kwargs)
+
+    with mock.patch.object(torch.jit.ScriptFunction, "__call__", call_scripted):
+        yield
+
+
+@contextmanager
 def autograd_functions(record: Record) -> Iterator[None]:
     """Records ``Function.apply`` as one call, so that its own backward is kept."""
     apply: Any = vars(torch.autograd.Function)["apply"].__func__
@@ -129,33 +145,31 @@ def set_mode(module: nn.Module, flag: bool) -> None:
 @contextmanager
 def modules_watched(
     paths: Mapping[int, str],
-    read_training: Callable[[nn.Module, bool], None],
+    read_training: Callable[[nn.Module], bool],
     set_attribute: Callable[[nn.Module, str, Any], None],
 ) -> Iterator[None]:
     """Tells when a module's ``training`` is read and when an attribute of it is set.
 
     Args:
         paths: identity of each module that counts, to its path.
-        read_training: called with any module and its flag.
+        read_training: gives the flag of any module.
         set_attribute: called in place of the assignment.
     """
     set_module = nn.Module.__setattr__
 
     def set_watched(module: nn.Module, name: str, value: Any) -> None:
-        (set_attribute if id(module) in paths else set_module)(module, name, value)
-
-    def training(module: nn.Module) -> bool:
-        flag = mode_of(module)
-        read_training(module, flag)
-        return flag
+        if name == "training" and id(module) in paths:
+            set_training(module, value)
+        else:
+            (set_attribute if id(module) in paths else set_module)(module, name, value)
 
     def set_training(module: nn.Module, flag: bool) -> None:
-        if id(module) in paths and module.__dict__.get("training") is not flag:
-            raise TraceError("switches the mode of a module")
+        if id(module) in paths and mode_of(module) is not flag:
+            raise TraceError(f"switches the mode of {type(module).__name__}, which a graph would forget")
         module.__dict__["training"] = flag
 
     with (
-        mock.patch.object(nn.Module, "training", property(training, set_training), create=True),
+        mock.patch.object(nn.Module, "training", property(read_training, set_training), create=True),
         mock.patch.object(nn.Module, "__setattr__", set_watched),
     ):
         yield
@@ -197,8 +211,25 @@ def random_calls(record: Record) -> Iterator[None]:
             if enabled:
                 record(restore_states, (states,), {})
 
+    plain = torch.Generator
+
+    class Recorded(type):
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            return record(plain, args, kwargs)
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, plain)
+
+    class Generator(metaclass=Recorded):
+        """``torch.Generator``: one that a forward makes is made at every call."""
+
+        __fxamp_stands_for__ = plain
+
     recorded: Any = {call.__name__: recording(call) for call in (get_rng_state, manual_seed, set_rng_state)}
-    with mock.patch.multiple(torch, **recorded), mock.patch.multiple(torch.random, fork_rng=fork, **recorded):
+    with (
+        mock.patch.multiple(torch, Generator=Generator, **recorded),
+        mock.patch.multiple(torch.random, fork_rng=fork, **recorded),
+    ):
         yield
 
 

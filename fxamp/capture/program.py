@@ -260,18 +260,19 @@ class Program:
         modules = _paths(root, loss_tree, self.loss_path)
         device_type = None if ambient is None else ambient[0]
         of_parameters = partial(Facts, [], self.attribute, sizes=True, ambient=ambient)
-        tracer = AmpTracer(root, modules, entry, self.extras, untraceable, facts, device_type, of_parameters)
+        originals = _paths(self._holder, self._loss_module, self.loss_path)
+        tracer = AmpTracer(root, modules, originals, entry, self.extras, untraceable, facts, device_type, of_parameters)
         self._strangers = tracer.strangers
         if _is_library(root) and self._method == "forward" and self._bound is None:
             entry.model = tracer.call_whole
-        state = {path: python_state(module) for path, module in modules.items()}
+        state = [{path: python_state(module) for path, module in owner.items()} for owner in (modules, originals)]
         drawn = torch.get_rng_state()
         with modes(modules, training), autocast_answers(ambient) as asked, caches_emptied(modules.values()):
             try:
                 graph = tracer.run(entry.names(), numbers=numbers)
                 if purged(modules.values()):
                     raise TraceError("keeps a traced value in a global or class variable")
-                changed = changed_modules(modules, state)
+                changed = changed_modules(originals, state[1]) | changed_modules(modules, state[0])
                 check_root(changed, drawn)
             except Exception as error:
                 raise capture_error(self.name, error) from error

@@ -42,6 +42,8 @@ class _Recorded(fx.Proxy):
         return attribute
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_is_param":
+            raise TraceError("makes a parameter, which would be a new one at every call")
         if name not in _OWN:
             raise TraceError(f"sets the attribute '{name}' of a tensor")
         object.__setattr__(self, name, value)

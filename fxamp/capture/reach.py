@@ -6,6 +6,7 @@ import collections
 import dis
 import functools
 import gc
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -19,6 +20,7 @@ from fxamp.capture.source import is_library
 __all__ = ["reachable", "variables"]
 
 _MOST: Final = 20_000
+_LONGEST: Final = 1_000  # what is longer holds data
 _SEQUENCES: Final = (list, tuple, set, frozenset, collections.deque)
 _ENDS: Final = (nn.Module, torch.Tensor, fx.Proxy, fx.Node, ModuleType, str, bytes, int, float, complex)
 
@@ -81,7 +83,7 @@ def _parts(value: Any, variables_of_modules: bool) -> dict[str, Any]:
         return {"": value.func, **dict(_numbered(value.args)), **value.keywords}
     found = dict(_numbered(value)) if isinstance(value, _SEQUENCES) else {}
     if isinstance(value, Mapping):
-        found = {_name(key): item for key, item in value.items()}
+        found = {_name(key): item for key, item in itertools.islice(value.items(), _LONGEST)}
     if not found and not hasattr(value, "__dict__"):
         found = dict(_numbered(gc.get_referents(value)))  # slots, the view of a dict, and what else C keeps
     return {"": type(value), **found, **getattr(value, "__dict__", {})}
@@ -93,7 +95,7 @@ def _is_users(kind: type) -> bool:
 
 
 def _numbered(values: Any) -> Iterator[tuple[str, Any]]:
-    return ((str(i), value) for i, value in enumerate(values))
+    return ((str(i), value) for i, value in enumerate(itertools.islice(values, _LONGEST)))
 
 
 def _name(key: Any) -> str:

@@ -16,8 +16,10 @@ from torch.fx.proxy import TraceError
 from fxamp.capture.builtins import unpatched
 from fxamp.capture.deciding import DecidingTracer
 from fxamp.capture.facts import Facts
+from fxamp.capture.generators import Generators
 from fxamp.capture.objects import is_literal, is_remade, parts_of, refuse_what_is_traced
 from fxamp.capture.proxy import AmpParameterProxy
+from fxamp.capture.reach import reachable
 
 __all__ = ["ReadingTracer"]
 
@@ -29,24 +31,32 @@ class ReadingTracer(DecidingTracer):
 
     Args:
         modules: path to module.
+        originals: the user's own modules by path; a function put into one may still reach these.
         extras: tensors and objects that no module owns, by the name they are read under; new ones are added.
+        function: what is traced when it is no module.
         facts, of_parameters: as for ``DecidingTracer``.
     """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
+        originals: Mapping[str, nn.Module],
         extras: dict[str, Any],
         facts: Facts | None,
         of_parameters: Callable[[], Facts] | None,
+        function: Any = None,
     ) -> None:
         super().__init__(facts, of_parameters)
         self.extras = extras
         self.strangers: list[Any] = []
         self._made: list[nn.Module] = []  # by the program itself, while it is traced
         self._returned = False  # from the entry point: what comes now is the output
+        self._generators = Generators(modules.values(), function)
         self._proxies: dict[str, fx.Proxy] = {}
-        self._modules = {id(module): path for path, module in modules.items()}
+        self._by_path = modules
+        self._originals = {id(module) for module in originals.values()}.difference(map(id, modules.values()))
+        known = [*((path, originals[path]) for path in modules if path in originals), *modules.items()]
+        self._modules = {id(module): path for path, module in known}
         self._tensors: dict[int, str] = {}
         for path, module in modules.items():
             own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
@@ -85,6 +95,15 @@ class ReadingTracer(DecidingTracer):
         self._tensors[id(tensor)] = name
         return name
 
+    def _check_forwards(self, module: nn.Module) -> None:
+        """Refuses to leave a module a call that would go on to the user's own modules, and to their modes."""
+        for path, part in module.named_modules():
+            own = part.__dict__.get("forward") if not isinstance(part, torch.jit.ScriptModule) else None
+            for _, value in reachable({"": own}) if own is not None else ():
+                if id(value) in self._originals:
+                    what = f"calls the forward that was set on {type(part).__name__} '{path}'".replace(" ''", "")
+                    raise TraceError(f"{what}, which uses the model that was converted and not the result")
+
     def _meet(self, stranger: nn.Module | torch.Tensor) -> None:
         """Notes what is used and was not known to be the model's; a function turns out to own it."""
         if not self._facts_run() and not any(stranger is made for made in self._made):
@@ -100,6 +119,8 @@ class ReadingTracer(DecidingTracer):
     def _object(self, value: Any) -> fx.Node:
         """An object of Python's: made again at every call, or handed on when it holds no traced value."""
         value = unpatched(value)
+        if isinstance(value, torch.Generator):
+            self._generators.check(value)
         if not is_remade(value):
             try:
                 refuse_what_is_traced(value)

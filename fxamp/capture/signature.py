@@ -201,8 +201,8 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
         return [parameter.replace(annotation=inspect.Parameter.empty) for parameter in found]
     except (TypeError, ValueError) as error:
         raise CaptureError(
-            f"the signature of {_name(function)} is not known to Python: {error}",
-            hint="wrap it: lambda output, target: your_function(output, target)",
+            f"the signature of {_name(function)} is not known to Python",
+            hint=f"wrap it in a function of your own: lambda x: {_name(function)}(x)",
         ) from error
 
 

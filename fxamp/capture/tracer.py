@@ -29,6 +29,8 @@ from fxamp.capture.packed import packed_like_its_input, packed_sequences
 from fxamp.capture.patches import (
     autograd_functions,
     check_random_state,
+    compiled_functions,
+    mode_of,
     modules_watched,
     random_calls,
     random_state,
@@ -79,6 +81,7 @@ class AmpTracer(ReadingTracer):
     Args:
         root: the model, or what holds the modules of a function; its own state may be changed.
         modules: path to every module that the entry point may use, root included.
+        originals: the user's own modules by path.
         entry: called with the proxies of the placeholders; what it returns is the graph's output.
         extras: tensors and objects that no module owns, by the name they are read under; new ones are added.
         untraceable: modules known to have to stay calls, with the reason.
@@ -91,6 +94,7 @@ class AmpTracer(ReadingTracer):
         self,
         root: nn.Module,
         modules: Mapping[str, nn.Module],
+        originals: Mapping[str, nn.Module],
         entry: Callable[..., Any],
         extras: dict[str, Any],
         untraceable: Mapping[str, str] | None = None,
@@ -98,7 +102,7 @@ class AmpTracer(ReadingTracer):
         device_type: str | None = None,
         of_parameters: Callable[[], Facts] | None = None,
     ) -> None:
-        super().__init__(modules, extras, facts, of_parameters)
+        super().__init__(modules, originals, extras, facts, of_parameters, getattr(entry, "model", None))
         self.untraceable: dict[str, str] = dict(untraceable or {})
         self.mode_readers: dict[str, bool] = {}
         self.composed = False
@@ -123,10 +127,12 @@ class AmpTracer(ReadingTracer):
                 stack.enter_context(self._regions.recording())
                 stack.enter_context(modules_watched(self._modules, self._read_training, self._set_attribute))
                 self._made = stack.enter_context(modules_made())
+                stack.enter_context(compiled_functions(self._record))
                 stack.enter_context(autograd_functions(self._record))
                 stack.enter_context(packed_sequences(self._record))
                 stack.enter_context(random_calls(self._record))
                 stack.enter_context(refusals())
+                stack.enter_context(self._generators.watched())
                 stack.enter_context(tensor_calls(self._record, self._record_method))
                 stack.enter_context(shadowed_builtins(numbers=numbers))
                 return super().trace(self.root)
@@ -142,7 +148,8 @@ class AmpTracer(ReadingTracer):
 
     def _call_entry(self, *proxies: fx.Proxy) -> Any:
         drawn = random_state()
-        result = self._entry(*proxies)
+        with self._generators.kept():
+            result = self._entry(*proxies)
         check_random_state(drawn)
         if self._refused:
             raise TraceError(self._refused[-1])  # the model's own code caught it
@@ -189,7 +196,8 @@ class AmpTracer(ReadingTracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LEAVES) or has_hooks(m) or hasattr(type(m), "__fxamp_clone__")
+        replaced = "forward" in m.__dict__ and not isinstance(m, torch.jit.ScriptModule)
+        return (isinstance(m, _LEAVES) and not replaced) or has_hooks(m) or hasattr(type(m), "__fxamp_clone__")
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if id(m) not in self._modules:
@@ -201,13 +209,16 @@ class AmpTracer(ReadingTracer):
         if path in self.untraceable:
             return self._call_leaf(m, path, args, kwargs)
         mark, drawn = self._mark(), random_state()
+        if self.is_leaf_module(m, path):
+            self._check_forwards(m)
         try:
-            result = super().call_module(m, forward, args, kwargs)
+            with self._generators.kept():
+                result = super().call_module(m, forward, args, kwargs)
             check_random_state(drawn)
             if len(self._refused) > mark.refused:
                 raise TraceError(self._refused[-1])  # the model's own code caught it
         except Exception as error:
-            if m is self.root:
+            if not path:
                 raise
             self._go_back(mark)
             self.untraceable[path] = _reason(error)
@@ -228,6 +239,7 @@ class AmpTracer(ReadingTracer):
         return self._call_leaf(self.root, WHOLE, args, kwargs)
 
     def _call_leaf(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        self._check_forwards(m)
         outer = (self.scope.module_path, self.scope.module_type)
         self.scope.module_path, self.scope.module_type = path, type(m)
         try:
@@ -265,12 +277,13 @@ class AmpTracer(ReadingTracer):
             else:
                 module.__dict__.pop(name, None)
 
-    def _read_training(self, module: nn.Module, training: bool) -> None:
+    def _read_training(self, module: nn.Module) -> bool:
         path = self._modules.get(id(module))
         if path is None:
             self._meet(module)
-        else:
-            self.mode_readers[path] = training
+            return mode_of(module)
+        self.mode_readers[path] = mode_of(self._by_path[path])
+        return self.mode_readers[path]
 
     def _set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         existed = name in module.__dict__
