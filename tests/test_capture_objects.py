@@ -502,8 +502,16 @@ def test_the_order_of_a_sequence_that_only_a_run_tells_is_not_guessed() -> None:
         order = m.opaque(packed(x)).unsorted_indices
         return m.fc(x) if order is None else x
 
-    with pytest.raises(fxamp.CaptureError, match="asks for the unsorted_indices of a packed sequence, which only a"):
-        fxamp.convert(Recurrent(asked, nn.GRU))
+    def order_of(sequence: Any) -> Any:
+        return sequence.unsorted_indices
+
+    for function in (
+        asked,
+        lambda m, x: m.fc(x) if m.opaque(packed(x)).unsorted_indices is None else x,
+        lambda m, x: m.fc(x) if order_of(m.opaque(packed(x))) is not None else x,
+    ):
+        with pytest.raises(fxamp.CaptureError, match="asks for the unsorted_indices of a packed sequence, which only"):
+            fxamp.convert(Recurrent(function, nn.GRU))
 
 
 def test_torch_is_as_it_was_after_a_trace() -> None:

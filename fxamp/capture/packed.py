@@ -40,8 +40,9 @@ def hands_on_at_once(frame: FrameType | None) -> bool:
     if frame is None:
         return True
     following = (i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti and i.opname != "CACHE")
-    first, second = next(following), next(following)
-    return not (first.opname.startswith("STORE") or "NONE" in first.opname or second.opname in ("IS_OP", "COMPARE_OP"))
+    first, second = (getattr(next(following, None), "opname", "") for _ in range(2))
+    kept = first.startswith(("STORE", "RETURN", "DUP", "COPY")) or "NONE" in first
+    return not (kept or second in ("IS_OP", "COMPARE_OP"))
 
 
 @contextmanager

@@ -228,7 +228,8 @@ class Program:
 
     def _adopts(self) -> bool:
         """Whether a callable turned out to reach modules that were not known to be its own: they are now."""
-        found = unowned(self._holder, self._function, self._strangers) if self._function is not None else {}
+        met, self._strangers = self._strangers, []
+        found = unowned(self._holder, self._function, met) if self._function is not None else {}
         if not found:
             return False
         if self._settled:
