@@ -156,6 +156,42 @@ def test_an_output_has_the_class_and_the_parts_that_eager_gives(name: str, examp
         assert_same(parts(copy.deepcopy(amp)(x)), parts(expected))
 
 
+def test_an_output_of_any_class_leaves_the_casts_as_they_are() -> None:
+    rows = []
+    for function in (OUTPUTS["OrderedDict"], lambda m, x: {"out": m.fc(x), "aux": [x, None]}):
+        amp = fxamp.convert(Net(function), dtype=torch.bfloat16)
+        rows.append([(d.rule, d.how, d.casts) for d in amp.plan if d.rule])
+        assert amp.report().totals["opaque"] == 0
+    assert rows[0] == rows[1]
+
+
+class Reading(nn.Module):
+    """Stays one call; computes with what it finds in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, found: Any, w: Tensor) -> Any:
+        self.calls += 1
+        assert isinstance(found, collections.OrderedDict | Frozen)
+        value = found["a"] if isinstance(found, dict) else found.value
+        return value.mul_(2) @ w
+
+
+@pytest.mark.parametrize("kind", [lambda y: collections.OrderedDict(a=y), Frozen])
+@pytest.mark.parametrize("policy", ["autocast", "full"])
+def test_an_object_is_handed_to_an_opaque_call_as_it_is(kind: Any, policy: str) -> None:
+    def function(m: Any, x: Tensor) -> Any:
+        y = m.fc(x).detach()
+        first = y @ m.fc.weight.detach()
+        return first + m.reading(kind(y), m.fc.weight.detach()) + y @ m.fc.weight.detach() + m.fc(x)
+
+    model = Net(function)
+    model.reading = Reading()
+    check_against_autocast(model, torch.randn(2, 4), policy=policy)
+
+
 def test_a_set_of_outputs_is_a_set() -> None:
     (y,) = fxamp.convert(Net(lambda m, x: {m.fc(x)}), dtype=torch.bfloat16)(torch.randn(2, 4))
     assert y.dtype == torch.bfloat16

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxamp.capture.arguments import map_leaves
 from fxamp.capture.calls import MODE_CALLS
 from fxamp.capture.facts import has_nested, run_on_fakes, without_log
+from fxamp.capture.objects import Rebuilt
 from fxamp.capture.regions import autocast_as
 from fxamp.dtypes import is_castable
 from fxamp.errors import CaptureError
@@ -66,7 +67,7 @@ class FakeObserver:
         elif node.op == "get_attr":
             self._values[node] = self._fake(self._attribute(str(node.target)))
         value = self._values[node]
-        if value is _MISSING or isinstance(value, torch.nn.Module):
+        if value is _MISSING or isinstance(value, torch.nn.Module) or isinstance(node.target, Rebuilt):
             return None
         flow = of_object(value)
         return None if flow == UNKNOWN or (flow == NOT_A_TENSOR and isinstance(value, dict)) else flow

@@ -60,7 +60,7 @@ class Sharing:
             self._may_be[node] = self._named(node)
             return
         kind = output_kind(call.aten, node.target, node.args, node.kwargs) if call.aten else None
-        hands_on = call.inplace or call.aten in _MAY_RETURN_ITSELF
+        hands_on = call.inplace or call.holds or call.aten in _MAY_RETURN_ITSELF
         fresh = from_table or not (kind in (None, "first") or hands_on)
         self._writes.define(node, fresh=fresh)
         if not call.steering and (not call.aten or call.aten in _MAKES_LEAVES):
