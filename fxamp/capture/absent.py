@@ -15,7 +15,8 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 
-from fxamp.capture.calls import AutogradFunctionCall, has_hooks
+from fxamp.capture.calls import AutogradFunctionCall, ScriptedCall, has_hooks
+from fxamp.capture.packed import ORDERS
 
 __all__ = ["is_dropped", "may_be_none"]
 
@@ -35,12 +36,12 @@ def may_be_none(node: fx.Node, module: Callable[[str], Any]) -> bool:
     if node.op == "call_function" and node.target not in _PARTS:
         target: Any = node.target
         kind = getattr(target, "__module__", None) or "torch"
-        return isinstance(target, AutogradFunctionCall) or kind.partition(".")[0] not in _TORCHS
+        return isinstance(target, AutogradFunctionCall | ScriptedCall) or kind.partition(".")[0] not in _TORCHS
     if node.op == "call_function" or node.op == "call_method":
         whole = node.args[0]
         name = node.args[1] if node.target is getattr else node.target
-        if (isinstance(name, str) and hasattr(torch.Tensor, name)) or not isinstance(whole, fx.Node):
-            return False
+        if name in ORDERS or (isinstance(name, str) and hasattr(torch.Tensor, name)) or not isinstance(whole, fx.Node):
+            return False  # whoever may go by the order of a packed sequence is refused it
         return bool(whole.meta.get("object")) or may_be_none(whole, module)
     return False
 

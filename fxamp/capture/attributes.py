@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
+from fxamp.capture.patches import mode_of, set_mode
 from fxamp.capture.source import is_library
 
 __all__ = ["Attributes"]
@@ -34,18 +35,23 @@ class Attributes:
 
     Args:
         paths: identity of each module that counts, to its path.
+        modules: path to the module whose mode the trace is made in.
         assign: called with a module, a name and a traced value, to put the assignment into the graph.
         sized: whether the model asked for the size of this parameter or buffer.
+        meet: called with a module that does not count, when its mode is read.
     """
 
     def __init__(
         self,
         paths: Mapping[int, str],
+        modules: Mapping[str, nn.Module],
         assign: Callable[[nn.Module, str, fx.Proxy], None],
         sized: Callable[[torch.Tensor], bool],
+        meet: Callable[[nn.Module], None],
     ) -> None:
         self.mode_readers: dict[str, bool] = {}
-        self._paths, self._assign, self._sized = paths, assign, sized
+        self._paths, self._modules = paths, modules
+        self._assign, self._sized, self._meet = assign, sized, meet
         self._read: set[tuple[int, str]] = set()
         self._writes: list[_Write] = []
 
@@ -97,15 +103,17 @@ class Attributes:
             yield
 
     def _training(self, module: nn.Module) -> bool:
-        flag = bool(module.__dict__["training"])
-        if id(module) in self._paths:
-            self.mode_readers[self._paths[id(module)]] = flag
-        return flag
+        path = self._paths.get(id(module))
+        if path is None:
+            self._meet(module)
+            return mode_of(module)
+        self.mode_readers[path] = mode_of(self._modules[path])
+        return self.mode_readers[path]
 
     def _set_training(self, module: nn.Module, flag: bool) -> None:
-        if id(module) in self._paths and module.__dict__.get("training") is not flag:
-            raise TraceError("switches the mode of a module")
-        module.__dict__["training"] = flag
+        if id(module) in self._paths and mode_of(module) is not flag:
+            raise TraceError(f"switches the mode of {type(module).__name__}, which a graph would forget")
+        set_mode(module, flag)
 
     def _set(self, module: nn.Module, name: str, value: Any) -> None:
         before = module.__dict__.get(name, _MISSING)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,12 +39,15 @@ class DecidingTracer(fx.Tracer):
     Args:
         facts: what example inputs tell.
         setting: what surrounds the trace.
+        of_parameters: makes what is known without any, from the parameters alone.
     """
 
-    def __init__(self, facts: Facts | None, setting: Setting) -> None:
+    def __init__(self, facts: Facts | None, setting: Setting, of_parameters: Callable[[], Facts] | None = None) -> None:
         super().__init__(autowrap_modules=(math,))
         self.facts = facts
         self.asked: dict[tuple[str, str], Any] = {}
+        self._make_of_parameters = of_parameters
+        self._of_parameters: Facts | None = None
         self._setting = setting
         self._regions = RegionRecorder(self._emit, setting.grad.inference, self._runs_the_model)
         self._bodies = 0  # of torch's functions, that are being traced into
@@ -78,7 +81,7 @@ class DecidingTracer(fx.Tracer):
         raise NotImplementedError
 
     def _runs_the_model(self) -> bool:
-        return self.facts is None or not self.facts.running
+        return not self._facts_run()
 
     def _note_kinds(self, placeholders: Iterable[fx.Proxy]) -> None:
         """Which placeholders are numbers, and which are objects that nothing is known of, if example inputs tell."""
@@ -108,7 +111,7 @@ class DecidingTracer(fx.Tracer):
             length = self.settled_length(obj)
         except TypeError as error:
             raise self._refusal("iterates over a tensor, or over a tuple whose length is not known") from error
-        of_tensor = self.facts is not None and self.facts.kind(obj.node) is torch.Tensor
+        of_tensor = any(facts.kind(obj.node) is torch.Tensor for facts in self._all_facts())
         parts = self._record_method("unbind", (obj,), {}) if of_tensor else obj
         return (parts[i] for i in range(length))  # type: ignore[index]
 
@@ -124,7 +127,8 @@ class DecidingTracer(fx.Tracer):
         Raises:
             TypeError: when that is not told.
         """
-        length = self.facts.length(proxy.node) if self.facts is not None else None
+        lengths = (facts.length(proxy.node) for facts in self._all_facts())
+        length = next((found for found in lengths if found is not None), None)
         if length is None:
             raise TypeError("the length of a traced value is not known")
         self._expect(self._emit(_length, proxy), length)
@@ -141,8 +145,26 @@ class DecidingTracer(fx.Tracer):
             raise TypeError("a traced value cannot be interpreted as an integer")
         return self._expect(proxy, value)
 
+    def _all_facts(self) -> Iterator[Facts]:
+        if self.facts is not None:
+            yield self.facts
+        if self._of_parameters is None and self._make_of_parameters is not None:
+            self._of_parameters = self._make_of_parameters()
+        if self._of_parameters is not None:
+            yield self._of_parameters
+
+    @property
+    def told_dtypes(self) -> bool:
+        """Whether the trace went by the dtype of a value, which autocast may change."""
+        return any(facts.told_dtypes for facts in (self.facts, self._of_parameters) if facts is not None)
+
+    def _facts_run(self) -> bool:
+        """Whether what is called right now only finds out a fact."""
+        return any(facts is not None and facts.running for facts in (self.facts, self._of_parameters))
+
     def _told(self, proxy: fx.Proxy, *, sizes: bool = False) -> Any:
-        return UNTOLD if self.facts is None else self.facts.told(proxy.node, sizes=sizes)
+        values = (facts.told(proxy.node, sizes=sizes) for facts in self._all_facts())
+        return next((value for value in values if value is not UNTOLD), UNTOLD)
 
     def _expect(self, proxy: fx.Proxy, value: Any) -> Any:
         check = self._expected.get((proxy.node, value))

@@ -27,7 +27,7 @@ from fxamp.dtypes import is_castable
 # The question itself: a model's own is noted while it is traced.
 _is_grad_enabled = torch.is_grad_enabled
 
-__all__ = ["UNTOLD", "Facts", "run_on_fakes", "without_log"]
+__all__ = ["UNTOLD", "Facts", "gpu_is_away", "has_nested", "moved", "run_on_fakes", "without_log"]
 
 UNTOLD: Final = object()
 _length = len  # while a model is traced, the builtin is another one
@@ -215,7 +215,14 @@ class Facts:
         return name in _OF_DTYPES or any(source in self._typed for source in node.all_input_nodes)
 
     def _fake(self, value: Any) -> Any:
+        if has_nested(value):
+            return UNTOLD
         return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
+
+
+def has_nested(value: Any) -> bool:
+    """Whether there is a nested tensor in it: no fake one can be made of these."""
+    return any(isinstance(leaf, torch.Tensor) and leaf.is_nested for leaf in pytree.tree_leaves(value))
 
 
 def _is_structure(node: fx.Node, value: Any) -> bool:

@@ -7,8 +7,8 @@ its patches when it ends.
 
 from __future__ import annotations
 
+import importlib
 import random
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,8 +24,10 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _device
 from torch.utils import _pytree as pytree
 
+from fxamp.capture.builtins import standing_for
 from fxamp.capture.calls import (
     AutogradFunctionCall,
+    ScriptedCall,
     forked_states,
     get_rng_state,
     manual_seed,
@@ -37,10 +39,13 @@ from fxamp.capture.proxy import MAY_BE_NONE
 __all__ = [
     "autograd_functions",
     "check_random_state",
+    "compiled_functions",
+    "mode_of",
     "python_state",
     "random_calls",
     "random_state",
     "refusals",
+    "set_mode",
     "tensor_calls",
 ]
 
@@ -67,7 +72,7 @@ def tensor_calls(
         def call(*args: Any, **kwargs: Any) -> Any:
             return record(factory, args, kwargs) if _has_proxy(args, kwargs) else factory(*args, **kwargs)
 
-        return call
+        return standing_for(factory, call)
 
     class Recording(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -104,6 +109,20 @@ _CHANGING: Final = frozenset({"requires_grad", "is_leaf", "dtype", "device", *MA
 
 
 @contextmanager
+def compiled_functions(record: Record) -> Iterator[None]:
+    """Records a call of what ``torch.jit.script`` made of a function: there is no Python in it to trace."""
+    call: Any = torch.jit.ScriptFunction.__call__
+
+    def call_scripted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if _has_proxy(args, kwargs):
+            return record(ScriptedCall(function), args, kwargs)
+        return call(function, *args, **kwargs)
+
+    with mock.patch.object(torch.jit.ScriptFunction, "__call__", call_scripted):
+        yield
+
+
+@contextmanager
 def autograd_functions(record: Record) -> Iterator[None]:
     """Records ``Function.apply`` as one call, so that its own backward is kept."""
     apply: Any = vars(torch.autograd.Function)["apply"].__func__
@@ -115,6 +134,22 @@ def autograd_functions(record: Record) -> Iterator[None]:
 
     with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply_function)):
         yield
+
+
+def mode_of(module: nn.Module) -> bool:
+    """The ``training`` flag; a scripted module keeps it elsewhere, or has none once it is frozen."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return bool(module.__dict__.get("training", False))
+    compiled = module._c
+    return bool(compiled.hasattr("training") and compiled.getattr("training"))
+
+
+def set_mode(module: nn.Module, flag: bool) -> None:
+    """Sets the ``training`` flag of one module, and nothing else."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        module.__dict__["training"] = flag
+    elif module._c.hasattr("training"):
+        module._c.setattr("training", flag)
 
 
 @contextmanager
@@ -153,20 +188,42 @@ def random_calls(record: Record) -> Iterator[None]:
             if enabled:
                 record(restore_states, (states,), {})
 
+    plain = torch.Generator
+
+    class Recorded(type):
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            return record(plain, args, kwargs)
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, plain)
+
+    class Generator(metaclass=Recorded):
+        """``torch.Generator``: one that a forward makes is made at every call."""
+
+        __fxamp_stands_for__ = plain
+
     recorded: Any = {call.__name__: recording(call) for call in (get_rng_state, manual_seed, set_rng_state)}
-    with mock.patch.multiple(torch, **recorded), mock.patch.multiple(torch.random, fork_rng=fork, **recorded):
+    with (
+        mock.patch.multiple(torch, Generator=Generator, **recorded),
+        mock.patch.multiple(torch.random, fork_rng=fork, **recorded),
+    ):
         yield
 
 
 def random_state() -> tuple[Any, ...]:
     """The states of Python's and numpy's random numbers."""
-    numpy = sys.modules.get("numpy.random")
+    try:
+        numpy = importlib.import_module("numpy.random")  # now, for fake tensors would do it while a model is traced
+    except ImportError:
+        numpy = None
     state = numpy.get_state() if numpy is not None else ()
     return random.getstate(), tuple(part if isinstance(part, str | int | float) else part.tobytes() for part in state)
 
 
 def python_state(module: nn.Module) -> dict[str, Any]:
-    """What a module keeps by each name, in a form that can be compared."""
+    """What a module keeps by each name, in a form that can be compared; a scripted one is not traced into."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return {}
     tables = ("_parameters", "_buffers", "_modules")
     own = {name: value for name, value in module.__dict__.items() if name not in (*tables, "training")}
     for table in tables:

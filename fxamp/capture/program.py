@@ -7,13 +7,11 @@ trace runs on a throw-away clone, so nothing a forward does to ``self`` stays.
 from __future__ import annotations
 
 import copy
-import inspect
 import pickle
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -25,8 +23,9 @@ from fxamp.capture.clone import clone_trees
 from fxamp.capture.entry import Entry
 from fxamp.capture.facts import Facts
 from fxamp.capture.failures import capture_error, name_of
+from fxamp.capture.holder import adopt, bound_to, entry_of, holder_of, unowned
 from fxamp.capture.outside import Outside
-from fxamp.capture.patches import python_state
+from fxamp.capture.patches import mode_of, python_state
 from fxamp.capture.setting import Setting, Traced, grad_mode_as
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.capture.surroundings import (
@@ -41,6 +40,7 @@ from fxamp.errors import CaptureError
 
 __all__ = ["Program", "Traced"]
 
+_KEPT = ("_function", "_loss", "_holder", "_loss_module", "_bound", "signature")  # the user's, in a copy too
 _NUMBER = re.compile(r"(int|float)\(\) argument must be|a traced value cannot be")
 
 
@@ -50,7 +50,7 @@ class Program:
     Attributes:
         tree: the modules of the model; ``loss_tree`` those of a loss that is a module, else None.
         loss_path: the name that the loss has beside the model's submodules; "" when it is no module.
-        extras: tensors that no module owns and a graph reads, by the name it reads them under.
+        extras: tensors and objects that no module owns and a graph reads, by the name it reads them under.
 
     Args:
         model: a module, a method of a module, or any callable of tensors. It is left as it is.
@@ -61,33 +61,51 @@ class Program:
     """
 
     def __init__(self, model: Callable[..., Any], loss: Callable[..., Any] | None = None) -> None:
-        self.signature = CallSignature.of(model, loss)
         self.name = name_of(model)
-        owner = _owning_module(model)
-        self._method = model.__name__ if isinstance(model, MethodType) else "forward"
-        self._function = None if owner is not None else model
-        self._holder = owner if owner is not None else _holder(model)
-        self.extras: dict[str, torch.Tensor] = {}
-        loss_module = loss if isinstance(loss, nn.Module) else None
-        self.tree, self.loss_tree = clone_trees(self._holder, loss_module)
-        self.loss_path = "" if loss_module is None else _free_name(self.tree, "loss")
+        entry = entry_of(model)
+        self._method, self._bound = (entry.method, entry.bound) if entry is not None else ("forward", None)
+        self._function = None if entry is not None else model
+        self._holder = entry.owner if entry is not None else holder_of(model)
+        self.signature = CallSignature.of(model if entry is None else entry.signed(), loss)
+        self.extras: dict[str, Any] = {}
+        self._loss_module = loss if isinstance(loss, nn.Module) else None
+        self._loss = loss if self._loss_module is None else None
+        self.has_loss = loss is not None
+        self.adopted, self._settled = 0, False
+        self._strangers: list[Any] = []
+        self._make_trees()
+        self._check_hooks()
+
+    def _make_trees(self) -> None:
+        self.tree, self.loss_tree = clone_trees(self._holder, self._loss_module)
+        self.loss_path = "" if self._loss_module is None else _free_name(self.tree, "loss")
         self._top = self._top_modules()
-        self._loss = loss if loss_module is None else None
-        if loss is not None and has_hooks(self.tree):
+
+    def _check_hooks(self) -> None:
+        if has_hooks(self.tree) and (self.has_loss or self._method == "__call__"):
+            what = "a loss converted with it" if self.has_loss else "a graph of its own __call__"
             raise CaptureError(
-                f"{self.name} has hooks, which a loss converted with it would not see",
+                f"{self.name} has hooks, which {what} would not see",
                 hint="register them on a submodule, or put the model into a module of its own",
             )
-        self.has_loss = loss is not None
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a call of the model is one that its own hooks see."""
+        return self._method == "forward" and not self.has_loss
+
+    def settle(self) -> None:
+        """What the model owns is known: nothing more is adopted."""
+        self._settled = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what cannot be pickled: a lambda is lost, and with it only the tracing of new calls."""
         functions = {name: _picklable(getattr(self, name)) for name in ("_function", "_loss")}
-        return {**self.__dict__, **functions, "_holder": nn.Module()}
+        return {**self.__dict__, **functions, "_holder": nn.Module(), "_loss_module": None, "_strangers": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         new = object.__new__(Program)
-        kept = {name: self.__dict__[name] for name in ("_function", "_loss", "_holder", "signature")}
+        kept = {name: self.__dict__[name] for name in _KEPT}
         rest = {name: value for name, value in self.__dict__.items() if name not in kept}
         new.__dict__.update(kept, **copy.deepcopy(rest, memo))
         return new
@@ -129,8 +147,13 @@ class Program:
         tree, loss_tree = clone_trees(self.tree, self.loss_tree)
         for module in (tree, loss_tree):
             if module is not None and mode != "as_is":
-                module.train(mode == "train")
-        return {path: module.training for path, module in _paths(tree, loss_tree, self.loss_path).items()}
+                with suppress(NotImplementedError):  # an exported model has one mode
+                    module.train(mode == "train")
+        return {path: mode_of(module) for path, module in _paths(tree, loss_tree, self.loss_path).items()}
+
+    def become(self, clone: Callable[[Any], Any]) -> None:
+        """Goes over to what ``clone`` makes of its modules."""
+        self.tree, self.loss_tree, self._top = clone(self.tree), clone(self.loss_tree), clone(self._top)
 
     def shared(self) -> Program:
         """A program of its own module tree over the same tensors."""
@@ -176,9 +199,13 @@ class Program:
             try:
                 traced, changed = self._trace_once(layout, setting, facts(), untraceable, numbers)
             except CaptureError as error:
+                if self._adopts():
+                    continue
                 if numbers or not _NUMBER.match(str(error.__cause__)):
                     raise
                 numbers = True
+                continue
+            if self._adopts():
                 continue
             if not changed:
                 return traced
@@ -188,6 +215,23 @@ class Program:
                 if not path:
                     raise capture_error(self.name, TraceError(reason))
                 untraceable[path] = reason
+
+    def _adopts(self) -> bool:
+        """Whether a callable turned out to reach modules that were not known to be its own: they are now."""
+        met, self._strangers = self._strangers, []
+        found = unowned(self._holder, self._function, met) if self._function is not None else {}
+        if not found:
+            return False
+        if self._settled:
+            raise CaptureError(
+                f"this call of {self.name} uses {', '.join(found)}, which no call before did",
+                hint="convert with example_inputs of such a call",
+            )
+        adopt(self._holder, found)
+        self.adopted += 1
+        self.extras.clear()
+        self._make_trees()
+        return True
 
     def _trace_once(
         self,
@@ -201,18 +245,20 @@ class Program:
         root, loss_tree = clone_trees(self.tree, self.loss_tree)
         if self._function is not None:
             root = self._holder  # a function calls the modules it closes over, so these cannot be clones
-        model = self._function or getattr(root, self._method)
+        model = self._function or bound_to(getattr(root, self._method), self._bound)
         entry = Entry(self.signature, layout, model, loss_tree or self._loss)
         modules = _paths(root, loss_tree, self.loss_path)
-        tracer = AmpTracer(root, modules, entry, self.extras, untraceable, facts, setting)
-        if _is_library(root) and self._method == "forward":
+        originals = _paths(self._holder, self._loss_module, self.loss_path)
+        of_parameters = partial(Facts, [], self.attribute, sizes=True, ambient=setting.ambient)
+        tracer = AmpTracer(root, modules, originals, entry, self.extras, untraceable, facts, setting, of_parameters)
+        self._strangers = tracer.strangers
+        if _is_library(root) and self._method == "forward" and self._bound is None:
             entry.model = tracer.call_whole
-        state = {path: python_state(module) for path, module in modules.items()}
+        state = [{path: python_state(module) for path, module in owner.items()} for owner in (modules, originals)]
         drawn = torch.get_rng_state()
         outside = Outside(modules.values(), self._function)
-        users_own = modules if self._function is not None else {}
         with ExitStack() as stack:
-            stack.enter_context(put_back(users_own))
+            stack.enter_context(put_back(originals))
             stack.enter_context(modes(modules, setting.training))
             stack.enter_context(grad_mode_as(setting.grad))
             asked = stack.enter_context(autocast_answers(setting.ambient, outside))
@@ -221,14 +267,14 @@ class Program:
                 graph = tracer.run(entry.names(), numbers=numbers)
                 if left := outside.restore():
                     raise TraceError(left)
-                changed = changed_modules(modules, state)
+                changed = changed_modules(originals, state[1]) | changed_modules(modules, state[0])
                 check_root(changed, drawn)
             except Exception as error:
                 raise capture_error(self.name, error) from error
             finally:
                 outside.restore()
                 torch.set_rng_state(drawn)
-        matters = tracer.composed or bool(asked) or (facts is not None and facts.told_dtypes)
+        matters = tracer.composed or bool(asked) or tracer.told_dtypes
         return tracer.traced(graph, layout, (setting.ambient,) if matters else ()), changed
 
 
@@ -253,24 +299,6 @@ def _is_library(module: nn.Module) -> bool:
         nn.Module,
         *containers,
     )
-
-
-def _owning_module(model: Any) -> nn.Module | None:
-    owner = model.__self__ if isinstance(model, MethodType) else model
-    return owner if isinstance(owner, nn.Module) else None
-
-
-def _holder(function: Callable[..., Any]) -> nn.Module:
-    """A module that owns the modules and parameters a function closes over, under their names there."""
-    holder = nn.Module()
-    target = inspect.unwrap(getattr(function, "func", function))
-    if not inspect.isfunction(target):
-        return holder
-    variables = inspect.getclosurevars(target)
-    for name, value in {**variables.globals, **variables.nonlocals}.items():
-        if isinstance(value, nn.Module | nn.Parameter):
-            setattr(holder, name, value)
-    return holder
 
 
 def _picklable(function: Any) -> Any:

@@ -8,6 +8,8 @@ an attribute of a traced value is refused instead of lost.
 from __future__ import annotations
 
 import operator
+import sys
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -15,7 +17,8 @@ from torch import fx
 from torch.fx.proxy import Attribute, TraceError
 
 from fxamp.capture.builtins import known_kind
-from fxamp.capture.calls import unsorted_indices
+from fxamp.capture.packed import ORDERS, hands_on_at_once
+from fxamp.capture.source import user_frame
 
 __all__ = ["MAY_BE_NONE", "AmpAttribute", "AmpParameterProxy", "AmpProxy", "SettlingProxy"]
 
@@ -30,8 +33,8 @@ class _Recorded(fx.Proxy):
     """What our proxies add to torch.fx's."""
 
     def __getattr__(self, name: str) -> Any:
-        if name == "unsorted_indices":  # torch asks whether it is None, which a trace cannot see
-            return self.tracer.create_proxy("call_function", unsorted_indices, (self,), {})
+        if name in ORDERS and not hands_on_at_once(user_frame(sys._getframe(1))):
+            raise TraceError(f"asks for the {name} of a packed sequence, which only a run tells")
         if name in MAY_BE_NONE:
             what = f"reads .{name} of a tensor, which may be None at another call"
             raise self.tracer._refusal(what)  # type: ignore[attr-defined]
@@ -48,6 +51,8 @@ class _Recorded(fx.Proxy):
         return attribute
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_is_param":
+            raise TraceError("makes a parameter, which would be a new one at every call")
         if name not in _OWN:
             raise TraceError(f"sets the attribute '{name}' of a tensor")
         object.__setattr__(self, name, value)
@@ -61,6 +66,10 @@ class _Recorded(fx.Proxy):
         method = isinstance(self, AmpAttribute) and self._node is None
         kind = None if method else known_kind(self.node)
         return None if kind is torch.Tensor else kind
+
+    def __len__(self) -> int:
+        # Only C code asks, on its way to iterate: the builtin is another one while a model is traced.
+        return self.tracer.settled_length(self)  # type: ignore[attr-defined, no-any-return]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -115,9 +124,6 @@ class _Settling(_Recorded):
             raise TypeError("a traced value cannot be interpreted as an integer")
         return value
 
-    def __len__(self) -> int:
-        return self.tracer.settled_length(self)  # type: ignore[attr-defined, no-any-return]
-
 
 class SettlingProxy(_Settling, AmpProxy):
     """A traced value, when example inputs are given."""
@@ -161,3 +167,6 @@ class AmpParameterProxy(_Recorded):
     def __len__(self) -> int:
         self.node.meta["sized"] = True
         return len(self._tensor)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.tracer.iter(self)

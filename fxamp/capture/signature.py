@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fxamp.capture.calls import calls_itself
+from fxamp.capture.failures import name_of as _name
 from fxamp.capture.trees import Tree, is_constant
 from fxamp.errors import CaptureError
 
@@ -204,14 +206,18 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     """The parameters, without annotations: these may not pickle, and nothing here reads them."""
     target = function.forward if isinstance(function, nn.Module) else function
     try:
+        if isinstance(function, nn.Module) and calls_itself(function) and not _hands_on(function.__call__):
+            target = function.__call__
         found = inspect.signature(target).parameters.values()
         return [parameter.replace(annotation=inspect.Parameter.empty) for parameter in found]
     except (TypeError, ValueError) as error:
         raise CaptureError(
-            f"the signature of {_name(function)} is not known to Python: {error}",
-            hint="wrap it: lambda output, target: your_function(output, target)",
+            f"the signature of {_name(function)} is not known to Python",
+            hint=f"wrap it in a function of your own: lambda x: {_name(function)}(x)",
         ) from error
 
 
-def _name(function: Any) -> str:
-    return getattr(function, "__qualname__", None) or type(function).__qualname__
+def _hands_on(function: Callable[..., Any]) -> bool:
+    """Whether a function takes whatever comes, which says nothing."""
+    parameters = inspect.signature(function).parameters.values()
+    return all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)

@@ -14,7 +14,7 @@ from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
 from fxamp.capture.outside import Outside
-from fxamp.capture.patches import python_state
+from fxamp.capture.patches import mode_of, python_state, set_mode
 from fxamp.capture.regions import autocast_as
 from fxamp.capture.setting import Ambient
 
@@ -36,14 +36,14 @@ _QUESTIONS: Final = tuple(
 @contextmanager
 def modes(modules: Mapping[str, nn.Module], training: Mapping[str, bool]) -> Iterator[None]:
     """The ``training`` flags that a trace is made with; the modules get theirs back."""
-    before = {module: module.training for module in modules.values()}
+    before = {module: mode_of(module) for module in modules.values()}
     try:
         for path, module in modules.items():
-            module.__dict__["training"] = training.get(path, module.training)
+            set_mode(module, training.get(path, mode_of(module)))
         yield
     finally:
         for module, flag in before.items():
-            module.__dict__["training"] = flag
+            set_mode(module, flag)
 
 
 @contextmanager

@@ -18,22 +18,27 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from fxamp.capture.absent import may_be_none
+from fxamp.capture.arguments import map_leaves
 from fxamp.capture.attributes import Attributes
 from fxamp.capture.bodies import body_of, gives_no_weights
 from fxamp.capture.builtins import shadowed_builtins, shadowed_numbers
 from fxamp.capture.calls import assign, has_hooks
+from fxamp.capture.clone import is_compiled
 from fxamp.capture.composed import composed
-from fxamp.capture.deciding import DecidingTracer
 from fxamp.capture.facts import Facts
+from fxamp.capture.holder import modules_made
+from fxamp.capture.packed import packed_like_its_input, packed_sequences
 from fxamp.capture.patches import (
     autograd_functions,
     check_random_state,
+    compiled_functions,
     random_calls,
     random_state,
     refusals,
     tensor_calls,
 )
-from fxamp.capture.proxy import AmpParameterProxy, AmpProxy, SettlingProxy
+from fxamp.capture.proxy import AmpProxy, SettlingProxy
+from fxamp.capture.reading import ReadingTracer
 from fxamp.capture.regions import Switched
 from fxamp.capture.setting import Ambient, Setting, Traced
 from fxamp.capture.signature import Layout
@@ -68,7 +73,7 @@ class _Mark(NamedTuple):
     refused: int
 
 
-class AmpTracer(DecidingTracer):
+class AmpTracer(ReadingTracer):
     """Traces one entry point of one module tree, once.
 
     After ``run``: ``untraceable`` has the reason for each module that stayed a call because it had to, and
@@ -77,39 +82,34 @@ class AmpTracer(DecidingTracer):
     Args:
         root: the model, or what holds the modules of a function; its own state may be changed.
         modules: path to every module that the entry point may use, root included.
+        originals: the user's own modules by path.
         entry: called with the proxies of the placeholders; what it returns is the graph's output.
-        extras: tensors that no module owns, by the name they are read under; new ones are added.
+        extras: tensors and objects that no module owns, by the name they are read under; new ones are added.
         untraceable: modules known to have to stay calls, with the reason.
         facts: what example inputs tell.
         setting: what surrounds the trace, and with its autocast, whose rules the graph is for.
+        of_parameters: makes the facts that the parameters tell alone.
     """
 
     def __init__(
         self,
         root: nn.Module,
         modules: Mapping[str, nn.Module],
+        originals: Mapping[str, nn.Module],
         entry: Callable[..., Any],
-        extras: dict[str, torch.Tensor],
+        extras: dict[str, Any],
         untraceable: Mapping[str, str],
         facts: Facts | None,
         setting: Setting,
+        of_parameters: Callable[[], Facts],
     ) -> None:
-        super().__init__(facts, setting)
+        super().__init__(modules, originals, extras, facts, setting, of_parameters, getattr(entry, "model", None))
         self.untraceable: dict[str, str] = dict(untraceable)
-        self.extras = extras
         self.composed = False
         self._device_type = setting.ambient[0] if setting.ambient is not None else None
         self._entry = entry
         self._names: list[str] = []
-        self._proxies: dict[str, AmpParameterProxy] = {}
-        self._by_path = modules
-        self._modules = {id(module): path for path, module in modules.items()}
-        self._attributes = Attributes(self._modules, self._assign, self._was_sized)
-        self._tensors: dict[int, str] = {}
-        for path, module in modules.items():
-            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-            for name, tensor in own:
-                self._tensors.setdefault(id(tensor), f"{path}.{name}".lstrip("."))
+        self._attributes = Attributes(self._modules, modules, self._assign, self._was_sized, self._meet)
         self.root = root
 
     def run(self, names: list[str], *, numbers: bool = False) -> fx.Graph:
@@ -124,9 +124,13 @@ class AmpTracer(DecidingTracer):
             with ExitStack() as stack:
                 stack.enter_context(self._regions.recording())
                 stack.enter_context(self._attributes.watched())
+                self._made = stack.enter_context(modules_made())
+                stack.enter_context(compiled_functions(self._record))
                 stack.enter_context(autograd_functions(self._record))
+                stack.enter_context(packed_sequences(self._record))
                 stack.enter_context(random_calls(self._record))
                 stack.enter_context(refusals())
+                stack.enter_context(self._generators.watched())
                 stack.enter_context(tensor_calls(self._record, self._record_method, self.answer))
                 stack.enter_context(shadowed_builtins(numbers=numbers))
                 return super().trace(self.root)
@@ -149,18 +153,20 @@ class AmpTracer(DecidingTracer):
 
     def _call_entry(self, *proxies: fx.Proxy) -> Any:
         drawn = random_state()
-        result = self._entry(*proxies)
+        with self._generators.kept():
+            result = self._entry(*proxies)
         check_random_state(drawn)
         self._regions.check()
         if self._refused:
             raise TraceError(self._refused[-1])  # the model's own code caught it
+        self._returned = True
         return result
 
     def proxy(self, node: fx.Node) -> AmpProxy:
         return AmpProxy(node, self) if self.facts is None else SettlingProxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
-        if self.facts is not None and self.facts.running:
+        if self._facts_run():
             return None
         self._regions.check()
         body = self._body(kind, target, args, kwargs)
@@ -198,37 +204,40 @@ class AmpTracer(DecidingTracer):
         node.meta["source"] = user_line(sys._getframe(1))
         return node
 
-    def path_of_module(self, mod: nn.Module) -> str:
-        path = self._modules.get(id(mod))
-        if path is None:
-            raise NameError(f"calls a {type(mod).__name__} that is no submodule of the model")
-        return path
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # A subclass with a forward of its own is the user's to look into.
+        # A subclass with a forward of its own is the user's to look into, and so is a forward that was set.
         kind = next((kind for kind in type(m).__mro__ if "forward" in vars(kind)), nn.Module)
-        own = not kind.__module__.startswith("torch.")
-        return (isinstance(m, _LEAVES) and not own) or has_hooks(m)
+        replaced = "forward" in m.__dict__ and not isinstance(m, torch.jit.ScriptModule)
+        own = replaced or not kind.__module__.startswith("torch.")
+        return (isinstance(m, _LEAVES) and not own) or has_hooks(m) or hasattr(type(m), "__fxamp_clone__")
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if id(m) not in self._modules:
+            self._meet(m)
             return forward(*args, **kwargs)  # made in the forward: it is what it is made of
+        if is_compiled(m):
+            return m.get_submodule("_orig_mod")(*args, **kwargs)  # how it is run does not change what it computes
         path = self.path_of_module(m)
         if path in self.untraceable:
             return self._call_leaf(m, path, args, kwargs)
         mark, drawn = self._mark(), random_state()
+        if self.is_leaf_module(m, path):
+            self._check_forwards(m)
         try:
-            result = super().call_module(m, forward, args, kwargs)
+            with self._generators.kept():
+                result = super().call_module(m, forward, args, kwargs)
             check_random_state(drawn)
             if len(self._refused) > mark.refused:
                 raise TraceError(self._refused[-1])  # the model's own code caught it
         except Exception as error:
-            if m is self.root or isinstance(error, Switched):
+            if not path or isinstance(error, Switched):
                 raise
             self._go_back(mark)
             self.untraceable[path] = _reason(error)
             return self._call_leaf(m, path, args, kwargs)
-        return (result[0], None) if gives_no_weights(m, args, kwargs) else result
+        if gives_no_weights(m, args, kwargs):
+            return result[0], None
+        return packed_like_its_input(m, args, kwargs, result)
 
     def call_whole(self, *args: Any, **kwargs: Any) -> Any:
         """The model itself as one call, for a model that is a module of torch."""
@@ -242,6 +251,7 @@ class AmpTracer(DecidingTracer):
         return self._call_leaf(self.root, WHOLE, args, kwargs)
 
     def _call_leaf(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        self._check_forwards(m)
         outer = (self.scope.module_path, self.scope.module_type)
         self.scope.module_path, self.scope.module_type = path, type(m)
         try:
@@ -251,43 +261,10 @@ class AmpTracer(DecidingTracer):
         finally:
             self.scope.module_path, self.scope.module_type = outer
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
-        asked_for_facts = self.facts is not None and self.facts.running
-        if isinstance(attr_val, torch.Tensor) and id(attr_val) in self._tensors and not asked_for_facts:
-            return self._tensor_proxy(attr_val)
-        return attr_val
-
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, torch.Tensor):
-            return self._tensor_proxy(a).node
-        if isinstance(a, nn.Module):
-            return self.create_node("get_attr", self.path_of_module(a), (), {})
-        return super().create_arg(a)
-
     # -- our own -----------------------------------------------------------------------------------
 
     def _module_of(self, target: str) -> nn.Module:
         return self.root if target == WHOLE else self._by_path[target]
-
-    def _tensor_proxy(self, tensor: torch.Tensor) -> fx.Proxy:
-        name = self._path_of(tensor) or self._from_outside(tensor)
-        if name not in self._proxies:
-            node = self.create_node("get_attr", name, (), {})
-            self._proxies[name] = AmpParameterProxy(node, self, tensor)
-        return self._proxies[name]
-
-    def _path_of(self, tensor: torch.Tensor) -> str | None:
-        """Where a module has a tensor, as a parameter, a buffer or a plain attribute."""
-        return self._tensors.get(id(tensor)) or self.tensor_attrs.get(tensor)
-
-    def _from_outside(self, tensor: torch.Tensor) -> str:
-        """The name of a tensor that no module has."""
-        name = next((key for key, known in self.extras.items() if known is tensor), None)
-        if name is None:
-            name = f"_constant_{len(self.extras)}"
-            self.extras[name] = tensor
-        self._tensors[id(tensor)] = name
-        return name
 
     def _mark(self) -> _Mark:
         last = next(iter(reversed(self.graph.nodes)), self.graph._root)
@@ -312,12 +289,9 @@ class AmpTracer(DecidingTracer):
         owner = self.create_node("get_attr", self._modules[id(module)] or THIS, (), {})
         self.create_node("call_function", assign, (owner, name, value.node), {})
 
-    def _was_sized(self, tensor: torch.Tensor) -> bool:
-        return any(proxy.node.meta.get("sized") and proxy._tensor is tensor for proxy in self._proxies.values())
-
 
 def _nodes_of(arguments: Any) -> Any:
-    return fx.node.map_aggregate(arguments, lambda value: value.node if isinstance(value, fx.Proxy) else value)
+    return map_leaves(arguments, fx.Proxy, lambda proxy: proxy.node)
 
 
 def _reason(error: BaseException) -> str:

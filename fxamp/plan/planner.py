@@ -148,7 +148,7 @@ class _Planner:
             call = replace(call, aten=_REFLECTED[node.target])
         blank = replace(blank, op=call.op, aten=call.aten, inputs=inputs)
         if call.steering:
-            return blank
+            return replace(blank, output=UNKNOWN) if call.holds else blank
         if not tensors_in(inputs) and (call.aten or isinstance(node.target, BuiltinFunctionType)):
             return replace(blank, output=self._result(node, call, inputs, ()))  # nothing that could be cast
         state = state_of(node.meta["regions"], self._device_type, self._ambient)

@@ -66,7 +66,7 @@ class Sharing:
             return
         self._grad_modes += node.target in _SWITCHES
         kind = output_kind(call.aten, node.target, node.args, node.kwargs) if call.aten else None
-        hands_on = call.inplace or call.aten in _MAY_RETURN_ITSELF
+        hands_on = call.inplace or call.holds or call.aten in _MAY_RETURN_ITSELF
         fresh = from_table or not (kind in (None, "first") or hands_on)
         self._writes.define(node, fresh=fresh)
         if not call.steering and (not call.aten or call.aten in _MAKES_LEAVES):

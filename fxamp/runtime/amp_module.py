@@ -52,9 +52,9 @@ class AmpModule(fx.GraphModule):
 
     def _adopt(self, program: Program) -> None:
         """Becomes the root of the module tree: its tensors, submodules, hooks and mode."""
-        inherited = nn.Module().__dict__
+        inherited = set(nn.Module().__dict__).difference(() if program.hooked else CALL_HOOKS)
         for name, value in program.tree.__dict__.items():
-            if (name in inherited and not (program.has_loss and name in CALL_HOOKS)) or isinstance(value, torch.Tensor):
+            if name in inherited or isinstance(value, torch.Tensor):
                 self.__dict__[name] = value
         self.__dict__["_modules"] = program.whole._modules
         for module in program.loss_tree.modules() if program.loss_tree is not None else ():
@@ -213,6 +213,11 @@ class AmpModule(fx.GraphModule):
         self._activate()
         conversion.scaler._bind(self)
 
+    def __getattr__(self, name: str) -> Any:
+        # A hook of the model's is given this module, and reads what the model's own constructor set.
+        own = self.__dict__["_conversion"].program.tree.__dict__ if "_conversion" in self.__dict__ else {}
+        return own[name] if name in own else super().__getattr__(name)
+
     @property
     def _this(self) -> AmpModule:
         return self  # what an assignment to ``self`` in the model's own forward writes to
@@ -234,6 +239,15 @@ class AmpModule(fx.GraphModule):
         function, arguments = self.__reduce__()
         new: AmpModule = function(*copy.deepcopy(arguments, memo))
         memo[id(self)] = new
+        return new
+
+    def __fxamp_clone__(self, memo: dict[int, Any], clone: Any) -> AmpModule:
+        """A copy in a clone of the model that this is a part of; its mode and its modules are its own."""
+        new: AmpModule = object.__new__(type(self))
+        memo[id(self)] = new
+        own = {**self.__dict__, "_conversion": None}
+        new.__dict__.update({name: clone(value, memo) for name, value in own.items()})
+        new.__dict__["_conversion"] = self._conversion.cloned(functools.partial(clone, memo=memo))
         return new
 
     def __copy__(self) -> AmpModule:

@@ -6,6 +6,7 @@ one. The later stages (rewriting, reporting) are handed in as functions, so that
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -97,13 +98,16 @@ class Conversion:
         Raises:
             CaptureError, PlanError, PolicyError: as the stages do.
         """
-        policy = asked.resolve(program.whole)
+        policy, adopted = asked.resolve(program.whole), program.adopted
         mode = _mode_of(program.whole)
         base = layout if layout is not None else _base_layout(program, mode, policy)
         new = Conversion(program, asked, stages, policy, mode, base, examples)
         for name in dict.fromkeys((mode, "train", "eval")):
             new._trace(name, base)
         new._finish()
+        if program.adopted != adopted:  # it has modules now whose mode and device count
+            return Conversion.start(program, asked, stages, layout, examples)
+        program.settle()
         return new
 
     def _finish(self) -> None:
@@ -264,6 +268,13 @@ class Conversion:
             new.scaler.load_state_dict(self.scaler.state_dict())
         return new
 
+    def cloned(self, clone: Callable[[Any], Any]) -> Conversion:
+        """The same graphs, over what ``clone`` makes of each module."""
+        program = copy.copy(self.program)
+        program.become(clone)
+        variants = [(mode, variant.over(program, clone)) for mode, variant in self.variants]
+        return replace(self, program=program, variants=variants)
+
     def _check_op_overrides(self) -> None:
         decisions = (decision for _, variant in self.variants for decision in variant.plan)
         seen = {decision.aten for decision in decisions if decision.aten and decision.reason != "in-place"}
@@ -318,7 +329,7 @@ def _ambient(policy: Policy) -> Ambient:
 
 
 def _mode_of(tree: nn.Module) -> str:
-    flags = {module.training for module in tree.modules()}
+    flags = {module.training for module in tree.modules() if hasattr(module, "training")}
     if len(flags) > 1:
         return "as_is"
     return "train" if flags.pop() else "eval"

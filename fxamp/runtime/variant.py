@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,11 +45,17 @@ class Variant:
         examples: Sequence[Any] | None = None,
     ) -> Variant:
         """The graph of a program's trace, planned for such examples when there are any."""
-        tensors = tuple((program.reader(path), name, value) for (path, name), value in traced.tensors.items())
+        tensors = _readers(program, traced)
         particular = bool(traced.grad or tensors) or traced.asks_numbers()
         observed = tuple(map(_observed, examples or ()))
         footing = Footing(program, traced)
         return Variant(traced, plan, graph, footing, tensors=tensors, observed=observed, particular=particular)
+
+    def over(self, program: Program, clone: Callable[[Any], Any]) -> Variant:
+        """The same graph over the modules of a clone of its program."""
+        flags = tuple((clone(module), flag) for module, flag in self.mode_flags)
+        footing, tensors = Footing(program, self.traced), _readers(program, self.traced)
+        return replace(self, footing=footing, tensors=tensors, mode_flags=flags, by_rule=None)
 
     def fits(self, values: Sequence[Any]) -> bool:
         """Whether the dtypes of these inputs are those that it was planned for, when it was planned for some."""
@@ -82,6 +88,10 @@ class Variant:
                     f"found {describe(values[i])}",
                     hint="convert with example_inputs=... that have it",
                 )
+
+
+def _readers(program: Program, traced: Traced) -> tuple[tuple[Callable[[], Any], str, Any], ...]:
+    return tuple((program.reader(path), name, value) for (path, name), value in traced.tensors.items())
 
 
 def _observed(example: Any) -> tuple[torch.dtype, bool] | None:
