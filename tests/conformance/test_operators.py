@@ -27,7 +27,7 @@ pytestmark = [
 RULES: dict[str, Callable[[], AbstractContextManager[None]]] = {"cpu": nullcontext, "cuda": cuda_rules}
 NEWEST = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 GROUPS = 14
-FEW, MANY = 2, 12
+FEW, MANY = 1, 3
 
 
 def calls(info: Any, count: int) -> list[Any]:
