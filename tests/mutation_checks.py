@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from tests import test_op_table as table
+from tests.conformance.extra import EXTRA
 from tests.conformance.opaque import not_seen_into
-from tests.conformance.test_operators import FEW, RULES, name_of, outcomes, unseen
+from tests.conformance.test_operators import FEW, RULES, name_of, outcomes, seen_wrongly, unseen
 from tests.helpers import quiet
 from tests.samples import op_db
 
@@ -52,6 +53,10 @@ def check(row: str) -> None:
         assert [outcome for outcome in found if outcome.outcome == "different"] == []
         for way in ("symbolic", "examples"):
             assert unseen(found, way) == {name_of(info) for info in infos} & not_seen_into(device_type, way)
+
+    for device_type, rules in RULES.items():
+        with rules(), quiet():
+            assert not seen_wrongly(device_type, [name for name in EXTRA if name in (row, _base(row))])
 
 
 def _base(row: str) -> str:

@@ -39,9 +39,13 @@ _STEERING: Final = MODE_CALLS | frozenset(
         operator.not_,
         torch.finfo,
         torch.iinfo,
+        torch.can_cast,
         torch.is_floating_point,
         torch.is_complex,
+        torch.is_nonzero,
         torch.numel,
+        torch.promote_types,
+        torch.result_type,
         torch.is_same_size,
         torch.sym_float,
         torch.sym_int,
@@ -53,7 +57,8 @@ _STEERING: Final = MODE_CALLS | frozenset(
 # Methods of a tensor that tell something of it and compute nothing.
 _QUERIES: Final = frozenset(
     "size dim ndimension numel nelement element_size stride storage_offset is_contiguous is_floating_point "
-    "is_complex is_signed get_device data_ptr is_inference is_pinned register_hook retain_grad tolist item "
+    "is_complex is_signed is_conj is_neg is_nonzero get_device data_ptr is_inference is_pinned "
+    "register_hook retain_grad tolist item "
     "__len__ __bool__".split()
 )
 # Attributes of a tensor that are tensors of the same dtype; ``real`` and ``imag`` are only so for real ones.

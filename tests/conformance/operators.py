@@ -63,10 +63,15 @@ def spellings(info: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
     else:
         yield "function", info.op
     yield from (("function", alias.op) for alias in info.aliases)
-    for variant in (info.method_variant, info.inplace_variant):
+    for variant in _methods(info):
         if variant is not None:
             name = getattr(variant, "__name__", "")
             yield "method", method(name) if hasattr(Tensor, name) else variant
+
+
+def _methods(info: Any) -> Iterator[Any]:
+    for each in (info, *info.aliases):
+        yield from (each.method_variant, each.inplace_variant)
 
 
 def under_autocast(model: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:

@@ -7,13 +7,14 @@ made as a function and as a method, for float32 and mixed inputs, in both low dt
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 
+from tests.conformance.extra import EXTRA
 from tests.conformance.opaque import not_seen_into
 from tests.conformance.operators import Outcome, method, outcome_of, spellings, spread, worst
 from tests.helpers import quiet
@@ -85,6 +86,32 @@ def test_with_example_inputs_97_in_100_operators_are_seen_into(device_type: str)
     """Of those that can be differentiated; the lists of the others are checked where the operators are."""
     differentiable = {name_of(info) for info in op_db() if info.supports_autograd and torch.float32 in info.dtypes}
     assert len(differentiable & not_seen_into(device_type, "examples")) <= 0.03 * len(differentiable)
+
+
+def seen_wrongly(device_type: str, names: Iterable[str]) -> list[tuple[Any, ...]]:
+    """The calls that torch has no samples of and that are not what they should be: equal, or opaque where listed."""
+    found = []
+    for name, examples in itertools.product(names, (False, True)):
+        call, args = EXTRA[name]
+        opaque = name in OPAQUE_EXTRA.get((device_type, examples), ())
+        outcome, detail = outcome_of(call, (args, {}), device_type, examples=examples)
+        if outcome != ("opaque" if opaque else "equal"):
+            found.append((name, examples, outcome, detail))
+    return found
+
+
+# The rest is seen into.
+OPAQUE_EXTRA = {
+    ("cpu", False): {"inner"},
+    ("cuda", False): {"inner", "mvlgamma_"},
+    ("cuda", True): {"mvlgamma_"},
+}
+
+
+@pytest.mark.parametrize("device_type", RULES)
+def test_operators_without_samples_are_bitwise_eager(device_type: str) -> None:
+    with RULES[device_type](), quiet():
+        assert seen_wrongly(device_type, EXTRA) == []
 
 
 @pytest.mark.slow
