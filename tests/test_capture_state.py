@@ -18,6 +18,7 @@ from torch import Tensor, clear_autocast_cache, is_grad_enabled, nn, set_autocas
 
 import fxamp
 from tests.helpers import assert_same, check_against_autocast, run
+from tests.oracle import cuda_rules
 
 BF16 = torch.bfloat16
 
@@ -756,6 +757,36 @@ def test_autocast_switched_by_hand_is_refused_or_stays_a_call(function: Any) -> 
     else:
         with pytest.raises(fxamp.CaptureError, match="without a `with`"):
             fxamp.convert(model)
+
+
+def regions_of_its_device(m: Any, x: Tensor) -> Tensor:
+    y = m.fc(x)
+    with torch.autocast(x.device.type, enabled=False):
+        y = y.float() @ m.w
+    with torch.amp.autocast(device_type=y.device.type):
+        return m.fc(y)
+
+
+def asks_about_its_device(m: Any, x: Tensor) -> Tensor:
+    y = m.fc(x)
+    if torch.is_autocast_enabled(x.device.type):
+        y = y.to(torch.get_autocast_dtype(x.device.type)) * 2
+    return y
+
+
+@pytest.mark.parametrize("examples", [False, True])
+@pytest.mark.parametrize("function", [regions_of_its_device, asks_about_its_device])
+def test_the_device_of_a_traced_value_is_the_one_of_the_rules(function: Any, examples: bool) -> None:
+    check_against_autocast(Net(function), rows(), examples=examples)
+    with cuda_rules():
+        check_against_autocast(Net(function), rows(), examples=examples, rules="cuda", modes=(True,))
+
+
+def test_a_region_of_the_device_of_a_traced_value_is_found_anew_for_another_device() -> None:
+    amp = fxamp.convert(Net(regions_of_its_device), dtype=BF16)
+    assert [decision.reason for decision in amp.plan].count("region enabled=False") == 2
+    moved = amp.replan(fxamp.Policy.of("autocast").resolved("cuda", BF16))
+    assert [decision.reason for decision in moved.plan].count("region enabled=False") == 2
 
 
 def test_autocast_that_is_left_switched_is_refused() -> None:

@@ -49,7 +49,8 @@ class DecidingTracer(fx.Tracer):
         self._make_of_parameters = of_parameters
         self._of_parameters: Facts | None = None
         self._setting = setting
-        self._regions = RegionRecorder(self._emit, setting.grad.inference, self._runs_the_model)
+        device_type = setting.ambient[0] if setting.ambient is not None else "cpu"
+        self._regions = RegionRecorder(device_type, self._emit, setting.grad.inference, self._runs_the_model)
         self._bodies = 0  # of torch's functions, that are being traced into
         self._expected: dict[tuple[fx.Node, Any], fx.Node] = {}
         self._refused: list[str] = []
@@ -154,9 +155,10 @@ class DecidingTracer(fx.Tracer):
             yield self._of_parameters
 
     @property
-    def told_dtypes(self) -> bool:
-        """Whether the trace went by the dtype of a value, which autocast may change."""
-        return any(facts.told_dtypes for facts in (self.facts, self._of_parameters) if facts is not None)
+    def of_one_autocast(self) -> bool:
+        """Whether the trace went by the dtype of a value, which autocast may change, or by the device of the rules."""
+        told = any(facts.told_dtypes for facts in (self.facts, self._of_parameters) if facts is not None)
+        return told or self._regions.asked_device
 
     def _facts_run(self) -> bool:
         """Whether what is called right now only finds out a fact."""

@@ -289,7 +289,7 @@ ATTENTION: dict[str, Case] = {
     "attention_alibi": Case(Alibi, _x, symbolic=False),
     "attention_linear": Case(LinearAttention, _x, opaque=6),
     "attention_cosine": Case(CosineAttention, _x),
-    "attention_upcast": Case(UpcastAttention, _x, symbolic=False, gpu=False),
+    "attention_upcast": Case(UpcastAttention, _x, symbolic=False),
     "attention_numpy": Case(NumpyAttention, _x),
     "attention_modules": Case(Modules, lambda: (torch.randn(2, 6, 16), _padding()), opaque=2),
 }
