@@ -155,7 +155,8 @@ def _shadow_len() -> Callable[..., Any]:
 
     def call(value: Any) -> Any:
         if _plain_isinstance(value, fx.Proxy) and not _plain_hasattr(type(value), "shape"):
-            return value.tracer.create_proxy("call_function", length, (value,), {})
+            fixed = value.tracer.fixed_length(value)
+            return fixed or value.tracer.create_proxy("call_function", length, (value,), {})
         return length(value)
 
     return standing_for(length, call)

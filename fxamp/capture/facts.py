@@ -112,6 +112,11 @@ class Facts:
         value = self._value(node)
         return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
+    def length_here(self, node: fx.Node) -> int | None:
+        """How many parts a tuple has with these examples, whatever that follows from."""
+        value = self._value(node)
+        return len(value) if isinstance(value, tuple | list) else None
+
     def length(self, node: fx.Node) -> int | None:
         """How many parts a tuple has, or a tensor when sizes are told; None when that is not known."""
         value = self._value(node)
