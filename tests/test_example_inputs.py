@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import fxamp
 from fxamp.capture.facts import UNTOLD, Facts
-from tests.helpers import assert_same, run
+from tests.helpers import assert_same, check_against_autocast, run
+from tests.oracle import cuda_rules
 
 BF16 = torch.bfloat16
 
@@ -102,11 +103,44 @@ def on_dtype(x: Tensor) -> Tensor:
     return (y if y.dtype == torch.float32 else y * 2) + (z if z.dtype == torch.float32 else z * 2)
 
 
-def test_data_is_not_told_nor_dtypes_that_the_autocast_of_a_gpu_decides() -> None:
+class OnDtypes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        z = y[:, None].transpose(0, 1).contiguous().softmax(-1)
+        return (y if y.dtype == torch.float32 else y * 2) + (z if z.dtype == torch.float32 else z * 2)
+
+
+def test_dtypes_under_the_rules_of_a_gpu_are_told() -> None:
+    check_against_autocast(OnDtypes(), torch.randn(3, 4), examples=True)
+    with cuda_rules():
+        amp = check_against_autocast(OnDtypes(), torch.randn(3, 4), examples=True, rules="cuda")
+    assert [d.op for d in amp.plan].count("operator.mul") == 1
+
+
+def test_facts_are_found_by_plain_builtins() -> None:
+    def complex_numbers(x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy((x + 1j * x.t()).abs(), target)  # its body is traced with another int and float
+
+    torch._subclasses.FakeTensorMode.cache_clear()
+    amp = fxamp.convert(
+        complex_numbers, dtype=BF16, device_type="cuda", example_inputs=(torch.randn(3, 3), torch.tensor([0, 1, 2]))
+    )
+    assert amp.report().totals["opaque"] == 0
+
+
+def test_data_is_not_told_nor_dtypes_of_what_follows_from_it() -> None:
     def on_data(x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x
 
-    for model, device_type in ((on_data, "cpu"), (on_dtype, "cuda")):
+    def on_dtype_of_some(x: Tensor) -> Tensor:
+        y = x @ x
+        return x * 2 if y[y > 0].dtype == torch.float32 else x
+
+    for model, device_type in ((on_data, "cpu"), (on_data, "cuda"), (on_dtype_of_some, "cuda")):
         with pytest.raises(fxamp.CaptureError, match="depends on a tensor value"):
             fxamp.convert(model, device_type=device_type, example_inputs=(torch.randn(3, 3),))
 

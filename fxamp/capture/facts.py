@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
+from fxamp.capture.builtins import plain_builtins
 from fxamp.capture.calls import MODE_CALLS, has_hooks
 from fxamp.capture.clone import clone_tree
 from fxamp.capture.regions import AutocastState, autocast_as, state_of
@@ -39,6 +40,8 @@ _NO_SIZES: Final = frozenset(
 )
 _OF_DTYPES: Final = frozenset("dtype is_floating_point is_complex is_signed itemsize element_size".split())
 _NOT_TOLD: Final = frozenset("is_contiguous data_ptr item tolist requires_grad is_leaf grad_fn grad names".split())
+# Calls that no autocast touches, and that fail for a fake tensor on a GPU that is not there.
+_COPIES: Final = (operator.getitem, "contiguous", "clone")
 
 
 class _CastableDtype:
@@ -144,7 +147,8 @@ class Facts:
         grad_mode = _is_grad_enabled()
         self.running = True
         try:
-            with torch._C.DisableTorchFunction(), without_log():
+            # torch's own code goes by what int and float are, too.
+            with torch._C.DisableTorchFunction(), without_log(), plain_builtins():
                 yield
         finally:
             self.running = False
@@ -173,10 +177,10 @@ class Facts:
             value = self._called(node, self._values.__getitem__)
             return _CASTABLE if doubtful and isinstance(value, torch.dtype) and is_castable(value) else value
         compares = getattr(node.target, "__module__", None) == operator.eq.__module__
-        if not doubtful and self._device_type == "cpu":
+        if not doubtful and (self._device_type == "cpu" or node.target in _COPIES):
             return self._called(node, self._values.__getitem__)
         if not doubtful:
-            with suppress(Exception):  # fake tensors can be said to be on a GPU, and its autocast asked
+            with suppress(Exception), self._mode:  # fake tensors can be said to be on a GPU, and its autocast asked
                 values = {source: moved(self._values[source], "cuda") for source in sources}
                 return moved(self._called(node, values.__getitem__, "cuda"), "cpu")
         self._doubtful.add(node)
