@@ -377,6 +377,49 @@ def test_a_model_that_does_not_ask_has_one_graph_for_every_grad_mode() -> None:
     assert len(amp._conversion.variants) == 2
 
 
+def viewing(m: Any, x: Tensor, scale: Any = None) -> Tensor:
+    y = m.fc(x).view(-1, 2, 4) + m.w[0].view(2, 4)  # of a weight, too
+    y = y.flatten(1) if x.dim() == 2 else y.sum(1)
+    y[:, :4] += m.buffer.view(2, 2).repeat(1, 2).view(8)[:4]
+    return y if scale is None else y * scale
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_a_conversion_in_inference_mode_is_the_same(device_type: str) -> None:
+    model, x = Net(viewing, buffer=torch.randn(4)), rows()
+    found = []
+    for context in (torch.enable_grad, torch.inference_mode):
+        with context():
+            amp = fxamp.convert(model, dtype=BF16, device_type=device_type, example_inputs=(x,))
+        found.append(str(amp.report()))
+    assert found[0] == found[1]
+
+
+def test_the_first_call_of_a_kind_may_be_in_inference_mode() -> None:
+    model, x = Net(viewing, buffer=torch.randn(4)), rows()
+    for first in (torch.inference_mode, torch.enable_grad):
+        amp = fxamp.convert(model, dtype=BF16, example_inputs=(x,))
+        with first():
+            amp(x, torch.randn(8))
+            amp(x.double().detach().bfloat16(), torch.randn(8))  # planned by rule
+        equal_in(GRAD_CONTEXTS, amp, model, x, torch.randn(8))
+        assert amp(x, torch.randn(8)).requires_grad
+    with torch.inference_mode():
+        inside = torch.randn(4, 8)
+        amp = fxamp.convert(model, dtype=BF16, example_inputs=(inside,))
+    equal_in((torch.inference_mode,), amp, model, inside)
+    equal_in((torch.enable_grad,), amp, model, x)
+
+
+def test_a_module_frozen_in_inference_mode_serves_inputs_that_want_a_gradient() -> None:
+    amp, x = fxamp.convert(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), dtype=BF16), rows()
+    with torch.inference_mode():
+        frozen = amp.freeze()
+    frozen(x).sum().backward()
+    assert_same(frozen(x), amp.eval()(x))
+    assert x.grad is not None
+
+
 def penalty(m: Any, x: Tensor) -> Tensor:
     return m.fc(x).float().sum() + sum(p.pow(2).sum() for p in m.parameters() if p.requires_grad)
 
