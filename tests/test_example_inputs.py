@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributions as D
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -253,3 +254,44 @@ def test_facts_are_those_of_the_examples() -> None:
     assert (ranks.kind(nodes["sum"]), ranks.length(nodes["parts"])) == (Tensor, None)
     sizes = Facts([torch.zeros(4, 3)], lambda path: None, sizes=True)
     assert (sizes.told(nodes["size"]), sizes.length(nodes["parts"]), sizes.length(x)) == (4, 2, 4)
+
+
+class Gaussian(nn.Module):
+    """A variational layer, as torch.distributions spells it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.scale = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        posterior = D.Normal(self.mean(x), F.softplus(self.scale(x)))
+        z = posterior.rsample()
+        prior = D.Normal(torch.zeros_like(z), torch.ones_like(z))
+        return z, posterior.log_prob(z).sum(-1), D.kl_divergence(posterior, prior), posterior.entropy()
+
+
+class Choices(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        choice = D.Categorical(logits=self.fc(x))
+        action = choice.sample()
+        coin = D.Independent(D.Bernoulli(logits=self.fc(x)), 1)
+        squashed = D.TransformedDistribution(D.Normal(self.fc(x), 1.0), [D.TanhTransform(cache_size=1)])
+        return action, choice.log_prob(action), choice.entropy(), coin.log_prob(torch.ones(3, 4)), squashed.rsample()
+
+
+@pytest.mark.parametrize("model", [Gaussian, Choices])
+def test_distributions_are_traced_into(model: Any) -> None:
+    check_against_autocast(model(), torch.randn(3, 8), examples=True)
+
+
+def test_a_distribution_checks_its_arguments_at_every_call() -> None:
+    def scored(x: Tensor, scale: Tensor) -> Tensor:
+        return D.Normal(x, scale).log_prob(x)
+
+    amp = fxamp.convert(scored, example_inputs=(torch.zeros(3), torch.ones(3)))
+    with pytest.raises(AssertionError, match="the model requires"):
+        amp(torch.zeros(3), -torch.ones(3))

@@ -36,6 +36,7 @@ _TRACED: Final = tuple(
         ("_linalg_utils.py",),
         ("_lowrank.py",),
         ("masked", ""),
+        ("distributions", ""),
     )
 )
 _plain_isinstance = builtins.isinstance
