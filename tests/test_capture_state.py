@@ -983,3 +983,83 @@ def test_a_frozen_module_keeps_its_footing() -> None:
     code = frozen.code
     assert_same(frozen(x), amp(x))
     assert frozen.to("cpu").code == code
+
+
+# -- containers of Python's that are written to ----------------------------------------------------------
+
+
+class Filling(nn.Module):
+    """Stays a call, for it counts; what it makes it leaves in the container that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.calls = nn.Linear(8, 8), 0
+
+    def forward(self, x: Tensor, found: Any) -> Tensor:
+        y = self.fc(x)
+        if isinstance(found, dict):
+            found["h"] = y
+        else:
+            found.append(y)
+        self.calls += 1
+        return y * self.calls
+
+
+def fills_a_dict(m: Any, x: Tensor) -> Any:
+    found = {"h": x}
+    return m.part(x, found) + found["h"]
+
+
+def asks_with_a_default(m: Any, x: Tensor) -> Any:
+    found: dict[str, Tensor] = {}
+    return m.part(x, found=found) + found.get("h", 0)
+
+
+def asks_for_the_length(m: Any, x: Tensor) -> Any:
+    found = [x]
+    return m.part(x, found) * len(found)
+
+
+def hands_it_out(m: Any, x: Tensor) -> Any:
+    found: dict[str, Tensor] = {}
+    return m.part(x, found), found
+
+
+def fills_a_nested_list(m: Any, x: Tensor) -> Any:
+    found: list[Tensor] = []
+    m.part(x, found)
+    return {"found": (found,)}
+
+
+@pytest.mark.parametrize("policy", ["autocast", "full"])
+@pytest.mark.parametrize(
+    "function", [fills_a_dict, asks_with_a_default, asks_for_the_length, hands_it_out, fills_a_nested_list]
+)
+def test_an_opaque_part_that_writes_to_a_container_is_an_error(function: Any, policy: str) -> None:
+    amp = fxamp.convert(Net(function, part=Filling()), dtype=BF16).replan(policy)
+    with pytest.raises(fxamp.CaptureError, match=r"^Filling changes the (dict|list) that it is given, which a graph"):
+        amp(rows())
+
+
+@pytest.mark.parametrize("policy", ["autocast", "full"])
+def test_an_opaque_part_may_read_a_container(policy: str) -> None:
+    class Reading(Filling):
+        def forward(self, x: Tensor, found: Any) -> Tensor:
+            self.calls += 1
+            return self.fc(found["h"][0]) * x
+
+    def gives_one(m: Any, x: Tensor) -> Tensor:
+        y = m.fc(x)
+        return m.part(y, {"h": [y, None]})
+
+    check_against_autocast(Net(gives_one, part=Reading()), rows(), policy=policy, calls=1)
+
+
+def test_a_container_that_the_caller_gives_is_not_filled_by_a_trace() -> None:
+    def remembers(m: Any, x: Tensor, cache: Any) -> Tensor:
+        cache["h"] = m.fc(x)
+        return cache["h"] @ m.w
+
+    for cache in ({}, {"h": torch.ones(8)}):
+        with pytest.raises(fxamp.CaptureError, match="puts something into the dict it is given, which a graph would"):
+            fxamp.convert(Net(remembers), example_inputs=(rows(), cache))
