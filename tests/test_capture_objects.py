@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import enum
 import functools
+import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -618,6 +619,12 @@ def test_a_part_of_another_kind_keeps_its_modes_to_itself(name: str) -> None:
     assert not any(modes_of(model))
     check_both_modes(amp, model, x)
     check_both_modes(fxamp.convert(model, dtype=torch.bfloat16, example_inputs=(x,)), model, x)
+
+
+def test_a_model_with_a_converted_part_is_pickled() -> None:
+    part = fxamp.convert(nn.Linear(4, 4), dtype=torch.bfloat16)
+    amp, x = fxamp.convert(nn.Sequential(part, nn.Linear(4, 4)), dtype=torch.bfloat16), torch.randn(2, 4)
+    assert torch.equal(pickle.loads(pickle.dumps(amp))(x), amp(x))
 
 
 def test_a_converted_part_still_runs_the_graph_of_its_mode() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, clear_autocast_cache, is_grad_enabled, nn, set_autocas
 
 import fxamp
 from tests.helpers import assert_same, check_against_autocast, run
+from tests.oracle import cuda_rules
 
 BF16 = torch.bfloat16
 
@@ -374,6 +375,49 @@ def test_a_model_that_does_not_ask_has_one_graph_for_every_grad_mode() -> None:
     amp = fxamp.convert(model, dtype=BF16)
     equal_in(GRAD_CONTEXTS, amp, model, rows())
     assert len(amp._conversion.variants) == 2
+
+
+def viewing(m: Any, x: Tensor, scale: Any = None) -> Tensor:
+    y = m.fc(x).view(-1, 2, 4) + m.w[0].view(2, 4)  # of a weight, too
+    y = y.flatten(1) if x.dim() == 2 else y.sum(1)
+    y[:, :4] += m.buffer.view(2, 2).repeat(1, 2).view(8)[:4]
+    return y if scale is None else y * scale
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_a_conversion_in_inference_mode_is_the_same(device_type: str) -> None:
+    model, x = Net(viewing, buffer=torch.randn(4)), rows()
+    found = []
+    for context in (torch.enable_grad, torch.inference_mode):
+        with context():
+            amp = fxamp.convert(model, dtype=BF16, device_type=device_type, example_inputs=(x,))
+        found.append(str(amp.report()))
+    assert found[0] == found[1]
+
+
+def test_the_first_call_of_a_kind_may_be_in_inference_mode() -> None:
+    model, x = Net(viewing, buffer=torch.randn(4)), rows()
+    for first in (torch.inference_mode, torch.enable_grad):
+        amp = fxamp.convert(model, dtype=BF16, example_inputs=(x,))
+        with first():
+            amp(x, torch.randn(8))
+            amp(x.double().detach().bfloat16(), torch.randn(8))  # planned by rule
+        equal_in(GRAD_CONTEXTS, amp, model, x, torch.randn(8))
+        assert amp(x, torch.randn(8)).requires_grad
+    with torch.inference_mode():
+        inside = torch.randn(4, 8)
+        amp = fxamp.convert(model, dtype=BF16, example_inputs=(inside,))
+    equal_in((torch.inference_mode,), amp, model, inside)
+    equal_in((torch.enable_grad,), amp, model, x)
+
+
+def test_a_module_frozen_in_inference_mode_serves_inputs_that_want_a_gradient() -> None:
+    amp, x = fxamp.convert(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), dtype=BF16), rows()
+    with torch.inference_mode():
+        frozen = amp.freeze()
+    frozen(x).sum().backward()
+    assert_same(frozen(x), amp.eval()(x))
+    assert x.grad is not None
 
 
 def penalty(m: Any, x: Tensor) -> Tensor:
@@ -758,6 +802,36 @@ def test_autocast_switched_by_hand_is_refused_or_stays_a_call(function: Any) -> 
             fxamp.convert(model)
 
 
+def regions_of_its_device(m: Any, x: Tensor) -> Tensor:
+    y = m.fc(x)
+    with torch.autocast(x.device.type, enabled=False):
+        y = y.float() @ m.w
+    with torch.amp.autocast(device_type=y.device.type):
+        return m.fc(y)
+
+
+def asks_about_its_device(m: Any, x: Tensor) -> Tensor:
+    y = m.fc(x)
+    if torch.is_autocast_enabled(x.device.type):
+        y = y.to(torch.get_autocast_dtype(x.device.type)) * 2
+    return y
+
+
+@pytest.mark.parametrize("examples", [False, True])
+@pytest.mark.parametrize("function", [regions_of_its_device, asks_about_its_device])
+def test_the_device_of_a_traced_value_is_the_one_of_the_rules(function: Any, examples: bool) -> None:
+    check_against_autocast(Net(function), rows(), examples=examples)
+    with cuda_rules():
+        check_against_autocast(Net(function), rows(), examples=examples, rules="cuda", modes=(True,))
+
+
+def test_a_region_of_the_device_of_a_traced_value_is_found_anew_for_another_device() -> None:
+    amp = fxamp.convert(Net(regions_of_its_device), dtype=BF16)
+    assert [decision.reason for decision in amp.plan].count("region enabled=False") == 2
+    moved = amp.replan(fxamp.Policy.of("autocast").resolved("cuda", BF16))
+    assert [decision.reason for decision in moved.plan].count("region enabled=False") == 2
+
+
 def test_autocast_that_is_left_switched_is_refused() -> None:
     class Leaves(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -909,3 +983,83 @@ def test_a_frozen_module_keeps_its_footing() -> None:
     code = frozen.code
     assert_same(frozen(x), amp(x))
     assert frozen.to("cpu").code == code
+
+
+# -- containers of Python's that are written to ----------------------------------------------------------
+
+
+class Filling(nn.Module):
+    """Stays a call, for it counts; what it makes it leaves in the container that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.calls = nn.Linear(8, 8), 0
+
+    def forward(self, x: Tensor, found: Any) -> Tensor:
+        y = self.fc(x)
+        if isinstance(found, dict):
+            found["h"] = y
+        else:
+            found.append(y)
+        self.calls += 1
+        return y * self.calls
+
+
+def fills_a_dict(m: Any, x: Tensor) -> Any:
+    found = {"h": x}
+    return m.part(x, found) + found["h"]
+
+
+def asks_with_a_default(m: Any, x: Tensor) -> Any:
+    found: dict[str, Tensor] = {}
+    return m.part(x, found=found) + found.get("h", 0)
+
+
+def asks_for_the_length(m: Any, x: Tensor) -> Any:
+    found = [x]
+    return m.part(x, found) * len(found)
+
+
+def hands_it_out(m: Any, x: Tensor) -> Any:
+    found: dict[str, Tensor] = {}
+    return m.part(x, found), found
+
+
+def fills_a_nested_list(m: Any, x: Tensor) -> Any:
+    found: list[Tensor] = []
+    m.part(x, found)
+    return {"found": (found,)}
+
+
+@pytest.mark.parametrize("policy", ["autocast", "full"])
+@pytest.mark.parametrize(
+    "function", [fills_a_dict, asks_with_a_default, asks_for_the_length, hands_it_out, fills_a_nested_list]
+)
+def test_an_opaque_part_that_writes_to_a_container_is_an_error(function: Any, policy: str) -> None:
+    amp = fxamp.convert(Net(function, part=Filling()), dtype=BF16).replan(policy)
+    with pytest.raises(fxamp.CaptureError, match=r"^Filling changes the (dict|list) that it is given, which a graph"):
+        amp(rows())
+
+
+@pytest.mark.parametrize("policy", ["autocast", "full"])
+def test_an_opaque_part_may_read_a_container(policy: str) -> None:
+    class Reading(Filling):
+        def forward(self, x: Tensor, found: Any) -> Tensor:
+            self.calls += 1
+            return self.fc(found["h"][0]) * x
+
+    def gives_one(m: Any, x: Tensor) -> Tensor:
+        y = m.fc(x)
+        return m.part(y, {"h": [y, None]})
+
+    check_against_autocast(Net(gives_one, part=Reading()), rows(), policy=policy, calls=1)
+
+
+def test_a_container_that_the_caller_gives_is_not_filled_by_a_trace() -> None:
+    def remembers(m: Any, x: Tensor, cache: Any) -> Tensor:
+        cache["h"] = m.fc(x)
+        return cache["h"] @ m.w
+
+    for cache in ({}, {"h": torch.ones(8)}):
+        with pytest.raises(fxamp.CaptureError, match="puts something into the dict it is given, which a graph would"):
+            fxamp.convert(Net(remembers), example_inputs=(rows(), cache))

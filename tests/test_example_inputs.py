@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributions as D
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxamp
 from fxamp.capture.facts import UNTOLD, Facts
-from tests.helpers import assert_same, run
+from tests.helpers import assert_same, check_against_autocast, run
 from tests.oracle import cuda_rules
 
 BF16 = torch.bfloat16
@@ -103,14 +104,6 @@ def on_dtype(x: Tensor) -> Tensor:
     return (y if y.dtype == torch.float32 else y * 2) + (z if z.dtype == torch.float32 else z * 2)
 
 
-def test_data_is_not_told() -> None:
-    def on_data(x: Tensor) -> Tensor:
-        return x if x.sum() > 0 else -x
-
-    with pytest.raises(fxamp.CaptureError, match="depends on a tensor value"):
-        fxamp.convert(on_data, example_inputs=(torch.randn(3, 3),))
-
-
 def test_a_dtype_under_the_rules_of_a_gpu_is_told() -> None:
     def on_dtypes(x: Tensor, index: Tensor) -> Tensor:
         values = (x @ x, (x @ x).softmax(-1), (x @ x)[index].pow(2), torch.einsum("ij,jk->ik", x, x), x.cumsum(0) + x)
@@ -123,6 +116,48 @@ def test_a_dtype_under_the_rules_of_a_gpu_is_told() -> None:
         expected = on_dtypes(*inputs)
     with cuda_rules():
         assert_same(amp(*inputs), expected)
+
+
+class OnDtypes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        z = y[:, None].transpose(0, 1).contiguous().softmax(-1)
+        return (y if y.dtype == torch.float32 else y * 2) + (z if z.dtype == torch.float32 else z * 2)
+
+
+def test_dtypes_under_the_rules_of_a_gpu_are_told() -> None:
+    check_against_autocast(OnDtypes(), torch.randn(3, 4), examples=True)
+    with cuda_rules():
+        amp = check_against_autocast(OnDtypes(), torch.randn(3, 4), examples=True, rules="cuda")
+    assert [d.op for d in amp.plan].count("operator.mul") == 1
+
+
+def test_facts_are_found_by_plain_builtins() -> None:
+    def complex_numbers(x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy((x + 1j * x.t()).abs(), target)  # its body is traced with another int and float
+
+    torch._subclasses.FakeTensorMode.cache_clear()
+    amp = fxamp.convert(
+        complex_numbers, dtype=BF16, device_type="cuda", example_inputs=(torch.randn(3, 3), torch.tensor([0, 1, 2]))
+    )
+    assert amp.report().totals["opaque"] == 0
+
+
+def test_data_is_not_told_nor_dtypes_of_what_follows_from_it() -> None:
+    def on_data(x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+    def on_dtype_of_some(x: Tensor) -> Tensor:
+        y = x @ x
+        return x * 2 if y[y > 0].dtype == torch.float32 else x
+
+    for model, device_type in ((on_data, "cpu"), (on_data, "cuda"), (on_dtype_of_some, "cuda")):
+        with pytest.raises(fxamp.CaptureError, match="depends on a tensor value"):
+            fxamp.convert(model, device_type=device_type, example_inputs=(torch.randn(3, 3),))
 
 
 def test_the_dtype_of_an_input_is_told_for_every_device() -> None:
@@ -233,3 +268,44 @@ def test_facts_are_those_of_the_examples() -> None:
     assert (ranks.kind(nodes["sum"]), ranks.length(nodes["parts"])) == (Tensor, None)
     sizes = Facts([torch.zeros(4, 3)], lambda path: None, sizes=True)
     assert (sizes.told(nodes["size"]), sizes.length(nodes["parts"]), sizes.length(x)) == (4, 2, 4)
+
+
+class Gaussian(nn.Module):
+    """A variational layer, as torch.distributions spells it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.scale = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        posterior = D.Normal(self.mean(x), F.softplus(self.scale(x)))
+        z = posterior.rsample()
+        prior = D.Normal(torch.zeros_like(z), torch.ones_like(z))
+        return z, posterior.log_prob(z).sum(-1), D.kl_divergence(posterior, prior), posterior.entropy()
+
+
+class Choices(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        choice = D.Categorical(logits=self.fc(x))
+        action = choice.sample()
+        coin = D.Independent(D.Bernoulli(logits=self.fc(x)), 1)
+        squashed = D.TransformedDistribution(D.Normal(self.fc(x), 1.0), [D.TanhTransform(cache_size=1)])
+        return action, choice.log_prob(action), choice.entropy(), coin.log_prob(torch.ones(3, 4)), squashed.rsample()
+
+
+@pytest.mark.parametrize("model", [Gaussian, Choices])
+def test_distributions_are_traced_into(model: Any) -> None:
+    check_against_autocast(model(), torch.randn(3, 8), examples=True)
+
+
+def test_a_distribution_checks_its_arguments_at_every_call() -> None:
+    def scored(x: Tensor, scale: Tensor) -> Tensor:
+        return D.Normal(x, scale).log_prob(x)
+
+    amp = fxamp.convert(scored, example_inputs=(torch.zeros(3), torch.ones(3)))
+    with pytest.raises(AssertionError, match="the model requires"):
+        amp(torch.zeros(3), -torch.ones(3))

@@ -23,7 +23,7 @@ from torch.fx.proxy import TraceError
 
 from fxamp.capture.source import is_library
 
-__all__ = ["known_kind", "shadowed_builtins", "shadowed_numbers", "standing_for", "unpatched"]
+__all__ = ["known_kind", "plain_builtins", "shadowed_builtins", "shadowed_numbers", "standing_for", "unpatched"]
 
 # Code of torch's that is traced into.
 _TRACED: Final = tuple(
@@ -36,6 +36,7 @@ _TRACED: Final = tuple(
         ("_linalg_utils.py",),
         ("_lowrank.py",),
         ("masked", ""),
+        ("distributions", ""),
     )
 )
 _plain_isinstance = builtins.isinstance
@@ -155,7 +156,8 @@ def _shadow_len() -> Callable[..., Any]:
 
     def call(value: Any) -> Any:
         if _plain_isinstance(value, fx.Proxy) and not _plain_hasattr(type(value), "shape"):
-            return value.tracer.create_proxy("call_function", length, (value,), {})
+            fixed = value.tracer.fixed_length(value)
+            return fixed or value.tracer.create_proxy("call_function", length, (value,), {})
         return length(value)
 
     return standing_for(length, call)
@@ -203,6 +205,23 @@ def shadowed_builtins(*, numbers: bool) -> Iterator[None]:
     both = shadowed_numbers() if numbers else nullcontext()
     with mock.patch.multiple(builtins, **shadows), mock.patch.object(torch, "finfo", finfo), both:
         yield
+
+
+@contextmanager
+def plain_builtins() -> Iterator[None]:
+    """The builtins as they are without a trace until the block ends, for code that is no part of the model."""
+    patched = [(space, name, space[name]) for space in _SPACES for name in _SHADOWED if name in space]
+    try:
+        for space, name, value in patched:
+            space[name] = unpatched(value)
+        yield
+    finally:
+        for space, name, value in patched:
+            space[name] = value
+
+
+_SPACES: Final[tuple[dict[str, Any], ...]] = (vars(builtins), vars(torch))
+_SHADOWED: Final = ("isinstance", "hasattr", "len", "max", "min", "round", "int", "float", "finfo", "Generator")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from fxamp.capture.absent import is_dropped
 from fxamp.capture.calls import expect, expect_none
 from fxamp.capture.facts import UNTOLD, Facts
 from fxamp.capture.guards import guard_at
+from fxamp.capture.lengths import chunks_of, length_of
 from fxamp.capture.proxy import MAY_BE_NONE
 from fxamp.capture.regions import RegionRecorder
 from fxamp.capture.setting import GradMode, Setting
@@ -49,7 +50,8 @@ class DecidingTracer(fx.Tracer):
         self._make_of_parameters = of_parameters
         self._of_parameters: Facts | None = None
         self._setting = setting
-        self._regions = RegionRecorder(self._emit, setting.grad.inference, self._runs_the_model)
+        device_type = setting.ambient[0] if setting.ambient is not None else "cpu"
+        self._regions = RegionRecorder(device_type, self._emit, setting.grad.inference, self._runs_the_model)
         self._bodies = 0  # of torch's functions, that are being traced into
         self._expected: dict[tuple[fx.Node, Any], fx.Node] = {}
         self._refused: list[str] = []
@@ -105,8 +107,6 @@ class DecidingTracer(fx.Tracer):
         return guard.value
 
     def iter(self, obj: fx.Proxy) -> Any:
-        if obj.node.target in ("chunk", torch.chunk) and isinstance(obj.node.args[1], int):
-            return (obj[i] for i in range(obj.node.args[1]))  # type: ignore[index]
         try:
             length = self.settled_length(obj)
         except TypeError as error:
@@ -127,12 +127,28 @@ class DecidingTracer(fx.Tracer):
         Raises:
             TypeError: when that is not told.
         """
+        length = self.fixed_length(proxy)
+        if length is not None:
+            return length
         lengths = (facts.length(proxy.node) for facts in self._all_facts())
-        length = next((found for found in lengths if found is not None), None)
+        length = next((found for found in lengths if found is not None), self._chunks(proxy.node))
         if length is None:
             raise TypeError("the length of a traced value is not known")
         self._expect(self._emit(_length, proxy), length)
         return length
+
+    def fixed_length(self, proxy: fx.Proxy) -> int | None:
+        """How many parts a traced value has, if that is the same at every call."""
+        return length_of(proxy.node, self._module_of)
+
+    def _chunks(self, node: fx.Node) -> int | None:
+        """How many parts a tensor is cut into, if it is as long as it has to be; this is to be checked."""
+        real = self.facts.length_here(node) if self.facts is not None else None
+        asked = chunks_of(node)
+        return asked if real in (None, asked) else None
+
+    def _module_of(self, target: str) -> Any:
+        raise NotImplementedError
 
     def settled(self, proxy: fx.Proxy) -> Any:
         """What Python gets where it needs the value of a traced number now; the graph checks that it stays so.
@@ -154,9 +170,10 @@ class DecidingTracer(fx.Tracer):
             yield self._of_parameters
 
     @property
-    def told_dtypes(self) -> bool:
-        """Whether the trace went by the dtype of a value, which autocast may change."""
-        return any(facts.told_dtypes for facts in (self.facts, self._of_parameters) if facts is not None)
+    def of_one_autocast(self) -> bool:
+        """Whether the trace went by the dtype of a value, which autocast may change, or by the device of the rules."""
+        told = any(facts.told_dtypes for facts in (self.facts, self._of_parameters) if facts is not None)
+        return told or self._regions.asked_device
 
     def _facts_run(self) -> bool:
         """Whether what is called right now only finds out a fact."""

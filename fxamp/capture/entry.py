@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
+from torch.fx.proxy import TraceError
 
+from fxamp.capture.containers import Contents
 from fxamp.capture.failures import name_of
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.errors import CaptureError
@@ -40,7 +42,10 @@ class Entry:
             else:
                 values[slot.name] = next(rest)
         args, kwargs, loss_kwargs = self._signature.split(values)
+        given = Contents(args, kwargs)
         output = self.model(*args, **kwargs)
+        if (written := given.gained()) is not None:
+            raise TraceError(f"puts something into the {type(written).__name__} it is given, which a graph would not")
         if self._loss is None:
             return output
         loss = self._loss(output, **loss_kwargs)

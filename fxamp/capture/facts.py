@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
 from fxamp.capture.away import cast_all, prepared
+from fxamp.capture.builtins import plain_builtins
 from fxamp.capture.calls import MODE_CALLS, has_hooks
 from fxamp.capture.clone import clone_tree
 from fxamp.capture.regions import AutocastState, autocast_as, state_of
@@ -40,6 +41,8 @@ _NO_SIZES: Final = frozenset(
 )
 _OF_DTYPES: Final = frozenset("dtype is_floating_point is_complex is_signed itemsize element_size".split())
 _NOT_TOLD: Final = frozenset("is_contiguous data_ptr item tolist requires_grad is_leaf grad_fn grad names".split())
+# Calls that no autocast touches, and that fail for a fake tensor on a GPU that is not there.
+_COPIES: Final = (operator.getitem, "contiguous", "clone")
 
 
 class _CastableDtype:
@@ -113,6 +116,11 @@ class Facts:
         value = self._value(node)
         return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
+    def length_here(self, node: fx.Node) -> int | None:
+        """How many parts a tuple has with these examples, whatever that follows from."""
+        value = self._value(node)
+        return len(value) if isinstance(value, tuple | list) else None
+
     def length(self, node: fx.Node) -> int | None:
         """How many parts a tuple has, or a tensor when sizes are told; None when that is not known."""
         value = self._value(node)
@@ -140,7 +148,8 @@ class Facts:
         grad_mode = _is_grad_enabled()
         self.running = True
         try:
-            with torch._C.DisableTorchFunction(), without_log():
+            # torch's own code goes by what int and float are, too.
+            with torch._C.DisableTorchFunction(), without_log(), plain_builtins():
                 yield
         finally:
             self.running = False
@@ -169,14 +178,14 @@ class Facts:
             value = self._called(node, self._values.__getitem__)
             return _CASTABLE if doubtful and isinstance(value, torch.dtype) and is_castable(value) else value
         compares = getattr(node.target, "__module__", None) == operator.eq.__module__
-        if not doubtful and self._device_type == "cpu":
+        if not doubtful and (self._device_type == "cpu" or node.target in _COPIES):
             return self._called(node, self._values.__getitem__)
         if not doubtful:
             values = {source: self._values[source] for source in sources}
             prepare = prepared(node, values.values(), self._state(node), self._device_type)
             if prepare is not None:
                 return self._called(node, lambda source: prepare(values[source]))
-            with suppress(Exception):  # fake tensors can be said to be on a GPU, and its autocast asked
+            with suppress(Exception), self._mode:  # fake tensors can be said to be on a GPU, and its autocast asked
                 away = {source: moved(value, "cuda") for source, value in values.items()}
                 return moved(self._called(node, away.__getitem__, "cuda"), "cpu")
         self._doubtful.add(node)

@@ -50,7 +50,9 @@ def pack_graph(graph: fx.Graph) -> tuple[Record, ...]:
     records = []
     for node in graph.nodes:
         args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, lambda n: _Reference(index[n]))
-        records.append(Record(node.op, pack_callable(node.target), args, kwargs, node.name, dict(node.meta)))
+        # torch.fx's own stamp names the classes of modules, and that of a converted one cannot be imported.
+        meta = {key: value for key, value in node.meta.items() if key != "nn_module_stack"}
+        records.append(Record(node.op, pack_callable(node.target), args, kwargs, node.name, meta))
     return tuple(records)
 
 

@@ -274,7 +274,7 @@ class Program:
             finally:
                 outside.restore()
                 torch.set_rng_state(drawn)
-        matters = tracer.composed or bool(asked) or tracer.told_dtypes
+        matters = tracer.composed or bool(asked) or tracer.of_one_autocast
         return tracer.traced(graph, layout, (setting.ambient,) if matters else ()), changed
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 from unittest import mock
 
 import torch
+from torch import fx
 from torch.fx.proxy import TraceError
 
 from fxamp.capture.calls import enter_inference_mode, exit_inference_mode
@@ -23,7 +24,7 @@ _is_grad_enabled, _clear_autocast_cache = torch.is_grad_enabled, torch.clear_aut
 
 _DEVICES: Final = ("cpu", "cuda")
 
-__all__ = ["AutocastState", "Region", "RegionRecorder", "Switched", "autocast_as", "state_of"]
+__all__ = ["AutocastState", "Region", "RegionRecorder", "Switched", "autocast_as", "is_device_type", "state_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,12 @@ def autocast_as(device_type: str, dtype: torch.dtype, *, enabled: bool) -> Itera
         torch._C.set_autocast_dtype(device_type, before[1])
 
 
+def is_device_type(value: Any) -> bool:
+    """Whether a value is the ``device.type`` of a traced one."""
+    node = value.node if isinstance(value, fx.Proxy) else None
+    return node is not None and node.target is getattr and node.args[1] == "type"
+
+
 class Switched(TraceError):
     """Not for a submodule to become a call: what it switched may stay so for what comes after it."""
 
@@ -89,16 +96,19 @@ class RegionRecorder:
     Attributes:
         open: the autocast regions.
         asked: whether the model asked for the grad mode.
+        asked_device: whether a region is for the device of a traced value, which is taken to be that of the rules.
 
     Args:
+        device_type: whose rules the graph is for.
         emit: called with a function and its arguments to put a call into the graph; returns its proxy.
         inference: whether the model is traced as in ``torch.inference_mode``.
         counts: whether what runs now is the model's program.
     """
 
-    def __init__(self, emit: Callable[..., Any], inference: bool, counts: Callable[[], bool]) -> None:
+    def __init__(self, device_type: str, emit: Callable[..., Any], inference: bool, counts: Callable[[], bool]) -> None:
         self.open: tuple[Region, ...] = ()
-        self.asked = False
+        self.asked = self.asked_device = False
+        self._device_type = device_type
         self._emit = emit
         self._inference = inference
         self._counts = counts
@@ -113,7 +123,7 @@ class RegionRecorder:
         """Patches the context managers of torch until the block ends."""
         with ExitStack() as stack:
             for owner, name, wrap in (
-                (torch.autocast, "__init__", _autocast_init),
+                (torch.autocast, "__init__", self._autocast_init),
                 (torch.autocast, "__enter__", self._autocast_enter),
                 (torch.autocast, "__exit__", self._autocast_exit),
                 (torch.no_grad, "__enter__", self._grad_enter),
@@ -156,6 +166,23 @@ class RegionRecorder:
             return wrap(original, region, *args, **kwargs)
 
         return patched
+
+    def _autocast_init(
+        self,
+        original: Any,
+        region: Any,
+        device_type: Any,
+        dtype: torch.dtype | None = None,
+        enabled: bool = True,
+        cache_enabled: bool | None = None,
+    ) -> None:
+        if is_device_type(device_type):
+            self.asked_device, device_type = True, self._device_type
+        # Without a GPU torch.autocast("cuda") warns and disables itself; what counts here is what was asked for.
+        blind = device_type == "cuda" and not torch.cuda.is_available()
+        original(region, device_type, dtype, enabled and not blind, cache_enabled)
+        if blind:
+            region._enabled = enabled
 
     def _autocast_enter(self, original: Any, region: Any) -> Any:
         entry = Region(self._count, region.device, region.fast_dtype, region._enabled, region._cache_enabled)
@@ -234,18 +261,3 @@ def _set_thread_state(state: tuple[Any, ...]) -> None:
     for device, (enabled, dtype) in zip(_DEVICES, state[2:], strict=True):
         torch._C.set_autocast_enabled(device, enabled)
         torch._C.set_autocast_dtype(device, dtype)
-
-
-def _autocast_init(
-    original: Any,
-    region: Any,
-    device_type: str,
-    dtype: torch.dtype | None = None,
-    enabled: bool = True,
-    cache_enabled: bool | None = None,
-) -> None:
-    # Without a GPU torch.autocast("cuda") warns and disables itself; what counts here is what was asked for.
-    blind = device_type == "cuda" and not torch.cuda.is_available()
-    original(region, device_type, dtype, enabled and not blind, cache_enabled)
-    if blind:
-        region._enabled = enabled

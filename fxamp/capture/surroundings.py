@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxamp.capture.outside import Outside
 from fxamp.capture.patches import mode_of, python_state, set_mode
-from fxamp.capture.regions import autocast_as
+from fxamp.capture.regions import autocast_as, is_device_type
 from fxamp.capture.setting import Ambient
 
 __all__ = ["autocast_answers", "changed_modules", "check_root", "modes", "put_back"]
@@ -58,13 +58,14 @@ def autocast_answers(ambient: Ambient, outside: Outside) -> Iterator[set[str]]:
         The questions that were asked: what is traced then is right for this autocast only.
     """
     asked: set[str] = set()
+    device_type = "cpu" if ambient is None else ambient[0]
 
     def noting(name: str) -> Callable[..., Any]:
         question = getattr(torch, name)
 
         def answer(*args: Any) -> Any:
             asked.add(name)
-            return question(*args)
+            return question(*(device_type if is_device_type(arg) else arg for arg in args))
 
         return answer
 

@@ -25,6 +25,7 @@ from fxamp.capture.builtins import shadowed_builtins, shadowed_numbers
 from fxamp.capture.calls import assign, has_hooks
 from fxamp.capture.clone import is_compiled
 from fxamp.capture.composed import composed
+from fxamp.capture.containers import Contents
 from fxamp.capture.facts import Facts
 from fxamp.capture.holder import modules_made
 from fxamp.capture.packed import packed_like_its_input, packed_sequences
@@ -220,7 +221,7 @@ class AmpTracer(ReadingTracer):
         path = self.path_of_module(m)
         if path in self.untraceable:
             return self._call_leaf(m, path, args, kwargs)
-        mark, drawn = self._mark(), random_state()
+        mark, drawn, held = self._mark(), random_state(), Contents(args, kwargs)
         if self.is_leaf_module(m, path):
             self._check_forwards(m)
         try:
@@ -233,6 +234,7 @@ class AmpTracer(ReadingTracer):
             if not path or isinstance(error, Switched):
                 raise
             self._go_back(mark)
+            held.restore()
             self.untraceable[path] = _reason(error)
             return self._call_leaf(m, path, args, kwargs)
         if gives_no_weights(m, args, kwargs):

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxamp.capture.objects import Rebuilt
 from fxamp.dtypes import abbreviate
 from fxamp.plan import Cast, Decision, PrecisionPlan, argument_keys, argument_nodes
 from fxamp.policy.operators import argument_places, optional_tensors
 from fxamp.policy.order import casts_last_argument_first
-from fxamp.runtime.casts import AmbientCall, DtypeCall, PromoteCall, cast_weight, leaf_cast, soft_cast
+from fxamp.runtime.casts import AmbientCall, DtypeCall, ModuleCall, PromoteCall, cast_weight, leaf_cast, soft_cast
 
 __all__ = ["insert_casts"]
 
@@ -134,4 +135,16 @@ def _called(
                 kwargs,
             )
         return "call_function", AmbientCall(call, device_type, decision.state), args, kwargs
+    if node.op == "call_module" and _gives_containers(node):
+        return "call_function", ModuleCall(), (module(call), *args), kwargs
     return node.op, call, args, kwargs
+
+
+def _gives_containers(node: fx.Node) -> bool:
+    """Whether a call is given a list or the like, which it could write to."""
+    made = any(isinstance(source.target, Rebuilt) for source in node.all_input_nodes)
+    return made or any(map(_is_container, (*node.args, *node.kwargs.values())))
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, list | dict) or (isinstance(value, tuple) and any(map(_is_container, value)))

@@ -16,8 +16,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxamp.capture import AutocastState
+from fxamp.capture.containers import Contents
 from fxamp.capture.packing import pack_callable, unpack_callable
 from fxamp.dtypes import promotable
+from fxamp.errors import CaptureError
 from fxamp.policy.order import casts_last_argument_first
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "AmbientCall",
     "DtypeCall",
     "Held",
+    "ModuleCall",
     "PromoteCall",
     "cast_weight",
     "execution_device_type",
@@ -145,6 +148,18 @@ class AmbientCall(_Packed):
 
 
 @dataclass(frozen=True)
+class ModuleCall:
+    """A call of a module that is given containers of Python's."""
+
+    @property
+    def __name__(self) -> str:
+        return "module"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _apply(None, args, kwargs)
+
+
+@dataclass(frozen=True)
 class PromoteCall(_Packed):
     """A call whose tensor arguments become the widest dtype among them, at least ``low``.
 
@@ -195,7 +210,16 @@ class DtypeCall(_Packed):
 def _apply(call: Callable[..., Any] | str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(call, str):
         return getattr(args[0], call)(*args[1:], **kwargs)
-    return call(*args, **kwargs) if call is not None else args[0](*args[1:], **kwargs)
+    if call is not None:
+        return call(*args, **kwargs)
+    given = Contents(args[1:], kwargs)
+    result = args[0](*args[1:], **kwargs)
+    if (written := given.changed()) is not None:
+        raise CaptureError(
+            f"{type(args[0]).__name__} changes the {type(written).__name__} that it is given, which a graph cannot see",
+            hint="return what it makes; a list or dict that a module fills reaches only code that is traced",
+        )
+    return result
 
 
 def _call_name(call: Callable[..., Any] | str | None) -> str:

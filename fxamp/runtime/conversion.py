@@ -145,7 +145,8 @@ class Conversion:
             if fits and (values is None or known.goes_this_way(values)):
                 break
         else:
-            known = self.program.trace(layout, setting, values)
+            with torch.inference_mode(False):  # of what is made in it, fake tensors can be no views
+                known = self.program.trace(layout, setting, values)
         self.traced.append((mode, known))
         return known
 
@@ -157,13 +158,15 @@ class Conversion:
             if variant.traced is traced and other == mode:
                 return variant
         examples = self.examples if traced.layout == self.layout else None
-        plan, graph = self.stages.build(self.program, traced, self.policy, mode, examples)
+        with torch.inference_mode(False):
+            plan, graph = self.stages.build(self.program, traced, self.policy, mode, examples)
         return Variant.of(self.program, traced, plan, graph, examples)
 
     def by_rule(self, variant: Variant) -> Variant:
         """The same graph planned for inputs of any dtype."""
         if variant.by_rule is None:
-            plan, graph = self.stages.build(self.program, variant.traced, self.policy, self.mode, None)
+            with torch.inference_mode(False):
+                plan, graph = self.stages.build(self.program, variant.traced, self.policy, self.mode, None)
             variant.by_rule = Variant.of(self.program, variant.traced, plan, graph)
         return variant.by_rule
 

@@ -53,13 +53,14 @@ class Inspection:
 
     def freeze(self) -> AmpModule:
         """A new module for inference with low weights."""
-        conversion = self._conversion.replanned(self._conversion.policy, freezes=True)
-        conversion.mode = "eval"
-        conversion.stages.freeze(conversion)
-        conversion.settle()
-        amp = self._amp._remade(conversion)
-        _detach_parameters(amp)
-        return amp.eval()
+        with torch.inference_mode(False):  # the weights are to serve inputs that want a gradient, too
+            conversion = self._conversion.replanned(self._conversion.policy, freezes=True)
+            conversion.mode = "eval"
+            conversion.stages.freeze(conversion)
+            conversion.settle()
+            amp = self._amp._remade(conversion)
+            _detach_parameters(amp)
+            return amp.eval()
 
     @contextmanager
     def hold_weights(self) -> Iterator[None]:

@@ -286,10 +286,10 @@ ATTENTION: dict[str, Case] = {
         symbolic=False,
     ),
     "attention_multi_query": Case(MultiQuery, _x, opaque=2),
-    "attention_alibi": Case(Alibi, _x, symbolic=False),
+    "attention_alibi": Case(Alibi, _x),
     "attention_linear": Case(LinearAttention, _x, opaque=6),
     "attention_cosine": Case(CosineAttention, _x),
-    "attention_upcast": Case(UpcastAttention, _x, symbolic=False, gpu=False),
+    "attention_upcast": Case(UpcastAttention, _x, symbolic=False),
     "attention_numpy": Case(NumpyAttention, _x),
     "attention_modules": Case(Modules, lambda: (torch.randn(2, 6, 16), _padding()), opaque=2),
 }
