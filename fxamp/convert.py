@@ -114,7 +114,7 @@ def _check_loss(graph: fx.Graph, observer: FakeObserver) -> None:
 
 
 def _freeze(conversion: Conversion) -> None:
-    fold_weight_casts(conversion.program.whole, [variant.graph for _, variant in conversion.variants])
+    fold_weight_casts(conversion.program, [variant.graph for _, variant in conversion.variants])
 
 
 _STAGES = Stages(_build, report_of, _freeze)

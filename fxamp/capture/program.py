@@ -26,6 +26,7 @@ from fxamp.capture.clone import clone_trees
 from fxamp.capture.entry import Entry
 from fxamp.capture.facts import Facts
 from fxamp.capture.failures import capture_error, name_of
+from fxamp.capture.members import find
 from fxamp.capture.patches import python_state
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.capture.surroundings import (
@@ -133,8 +134,8 @@ class Program:
             return self.extras[path]
         if path in (THIS, WHOLE):
             return self.tree
-        owner, _, name = path.rpartition(".")
-        return getattr(self.whole.get_submodule(owner) if owner or path == self.loss_path else self.tree, name)
+        in_loss = bool(self.loss_path) and path.partition(".")[0] == self.loss_path
+        return find(self.whole if in_loss else self.tree, path)
 
     def flags(self, mode: str) -> dict[str, bool]:
         """Module path to ``training`` flag in "train", "eval" or "as_is", as the model's own ``train`` sets it."""

@@ -23,6 +23,7 @@ from fxamp.capture.calls import assign, has_hooks
 from fxamp.capture.composed import COMPOSED
 from fxamp.capture.deciding import DecidingTracer
 from fxamp.capture.facts import Facts
+from fxamp.capture.members import owns
 from fxamp.capture.patches import (
     autograd_functions,
     check_random_state,
@@ -40,7 +41,7 @@ from fxamp.policy.spellings import aten_name
 
 __all__ = ["THIS", "WHOLE", "AmpTracer"]
 
-THIS, WHOLE = "_this", "_whole"  # what a graph calls the converted module, and the model as one call
+THIS, WHOLE = "_fxamp_this", "_fxamp_whole"  # what a graph calls the converted module, and the model as one call
 
 # Modules whose behaviour depends on their own mode (which users switch one by one), or whose forward
 # is known not to trace.
@@ -269,6 +270,8 @@ class AmpTracer(DecidingTracer):
             name = next((key for key, known in self.extras.items() if known is tensor), None)
         if name is None:
             name = f"_constant_{len(self.extras)}"
+            while owns(self.root, name):
+                name += "_"
             self.extras[name] = tensor
         self._tensors[id(tensor)] = name
         return name

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
@@ -36,6 +37,16 @@ class Inspection:
         return self._conversion.base.plan
 
     @property
+    def graph(self) -> fx.Graph:
+        """The graph of the current mode."""
+        return self._conversion.base.graph
+
+    @property
+    def code(self) -> str:
+        """The code that was generated of it."""
+        return self._conversion.base.code
+
+    @property
     def scaler(self) -> GradScaler:
         """The paired gradient scaler."""
         return self._conversion.scaler
@@ -47,11 +58,13 @@ class Inspection:
 
     def replan(self, policy: str | Policy) -> AmpModule:
         """A new module under another policy."""
+        self._amp._settle(self._conversion.program)
         amp = self._amp._remade(self._conversion.replanned(Policy.of(policy)))
         return amp.train(self._amp.training)
 
     def freeze(self) -> AmpModule:
         """A new module for inference with low weights."""
+        self._amp._settle(self._conversion.program)
         conversion = self._conversion.replanned(self._conversion.policy)
         conversion.mode = "eval"
         conversion.stages.freeze(conversion)
