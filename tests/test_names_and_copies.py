@@ -227,3 +227,355 @@ class TestArguments:
 class Keywords(nn.Module):
     def forward(self, x: Tensor, **rest: Tensor) -> Tensor:
         return x @ rest["class"].t() if "class" in rest else x
+
+
+class Alike(nn.Module):
+    """Two weights whose paths are one when dots become underscores, both also read in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a_b = nn.Linear(8, 8)
+        self.a = nn.Module()
+        self.a.b = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a_b(x) + self.a.b(x) + self.a_b.weight.sum() + self.a.b.weight.sum()
+
+
+class Mixed(nn.Module):
+    """What freezing folds, and all that it has to leave in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.bn = nn.BatchNorm1d(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.gru = nn.GRU(8, 8, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.embedding = nn.Embedding(11, 8)
+        self.register_buffer("table", torch.randn(8, 8))
+        self.plain = torch.randn(8)
+        self.listed = [torch.randn(8)]
+        self.index = torch.arange(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x.mT)).mT
+        x = self.attention(x, x, x)[0] + self.gru(x)[0]
+        x = self.norm(x) * self.scale + self.plain + self.listed[0]
+        return (x @ self.table + self.embedding(self.index)) @ self.embedding.weight.t()
+
+
+class Whole(nn.Module):
+    """Reads the weights of modules that also run as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.bn = nn.BatchNorm1d(8)
+        self.bn.weight.data.normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.attention.in_proj_weight)[..., :8]
+        y = y * F.linear(x, self.bn.weight[None]) + F.linear(x, torch.eye(8), self.bn.weight)
+        return self.bn(self.attention(y, y, y)[0].mT)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, times: int = 1) -> Tensor:
+        y = self.fc(x)
+        return y if mask is None else (y * mask + self.fc.weight.sum()) * times
+
+
+def changed(model: nn.Module) -> None:
+    """All of its tensors, in place, as a step of training changes them."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.mul_(2)
+
+
+class TestFreeze:
+    def test_weights_with_like_paths_stay_apart(self) -> None:
+        amp, x = fxamp.convert(Alike(), dtype=BF16).eval(), torch.randn(3, 8)
+        assert_same(amp.freeze()(x), amp(x).detach())
+
+    def test_a_low_copy_does_not_take_a_name_of_the_models(self) -> None:
+        model = Masked()
+        model.register_buffer("_frozen_fc_weight_bfloat16", torch.randn(8, 8))
+        model._modules["_frozen_fc_weight_bfloat16_"] = nn.Linear(3, 3)
+        amp, x = fxamp.convert(model, dtype=BF16).eval(), torch.randn(3, 8)
+        expected = amp(x, x)
+        assert_same(amp.freeze()(x, x), expected.detach())
+
+    @pytest.mark.parametrize("policy", ["autocast", "fast", "full"])
+    def test_nothing_of_a_frozen_module_changes_with_the_one_that_goes_on_training(self, policy: str) -> None:
+        model, x = Mixed(), torch.randn(2, 5, 8)
+        amp = fxamp.convert(model, dtype=BF16, policy=policy).eval()
+        frozen = amp.freeze()
+        grads = [p.requires_grad for p in model.parameters()]
+        expected = copy.deepcopy(amp).requires_grad_(False)(x)  # torch has other kernels for these
+        assert_same(frozen(x), expected)
+        changed(model)
+        model.plain.mul_(2)
+        model.listed[0].mul_(2)
+        assert_same(frozen(x), expected)
+        assert not torch.equal(amp(x), expected)
+        assert [p.requires_grad for p in model.parameters()] == grads == [True] * len(grads)
+        changed(frozen)
+        assert_same(list(amp.parameters()), list(model.parameters()))
+
+    def test_a_frozen_loss_and_what_a_function_closes_over_are_copies_too(self) -> None:
+        net, weight, loss = nn.Linear(8, 8), torch.randn(8, 8), nn.CrossEntropyLoss(weight=torch.rand(8))
+        amp = fxamp.convert(lambda x: net(x) @ weight, loss, dtype=BF16).eval()
+        x, y = torch.randn(3, 8), torch.randint(8, (3,))
+        frozen, expected = amp.freeze(), [part.detach() for part in amp(x, y)]
+        changed(net)
+        weight.mul_(2)
+        loss.weight.mul_(2)
+        assert_same(list(frozen(x, y)), expected)
+
+    def test_tied_weights_are_one_in_the_copy(self) -> None:
+        model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+        model[1].weight = model[0].weight
+        frozen = fxamp.convert(model, dtype=BF16).freeze()
+        weights = [frozen.get_parameter(f"{i}.weight") for i in (0, 1)]
+        assert weights[0] is weights[1]
+        assert weights[0].dtype is BF16
+
+    def test_weights_of_modules_that_run_as_a_whole_keep_their_dtype(self) -> None:
+        amp, x = fxamp.convert(Whole(), dtype=BF16).eval(), torch.randn(2, 8, 8)
+        frozen = amp.freeze()
+        assert_same(frozen(x), amp(x).detach())
+        assert frozen.bn.weight.dtype is torch.float32
+
+    def test_a_checkpoint_reaches_the_low_copies(self) -> None:
+        amp, other, x = fxamp.convert(Mixed(), dtype=BF16).eval(), Mixed().eval(), torch.randn(2, 5, 8)
+        frozen = amp.freeze()
+        frozen.load_state_dict(other.state_dict())
+        amp.load_state_dict(other.state_dict())
+        assert_same(frozen(x), amp(x).detach())
+
+    def test_a_checkpoint_reaches_the_low_copies_below_another_module(self) -> None:
+        frozen, other = fxamp.convert(Alike(), dtype=BF16).freeze(), Alike()
+        outer, x = nn.Sequential(frozen), torch.randn(3, 8)
+        outer.load_state_dict(nn.Sequential(other).state_dict())
+        assert_same(outer(x), fxamp.convert(other, dtype=BF16).eval()(x).detach())
+        for made in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen)), frozen.freeze()):
+            made.load_state_dict(Alike().state_dict())
+            assert not torch.equal(made(x), frozen(x))
+            made.load_state_dict(other.state_dict())
+            assert_same(made(x), frozen(x))
+
+    def test_another_kind_of_call_is_an_error_after_freezing(self) -> None:
+        amp, x = fxamp.convert(Masked(), dtype=BF16), torch.randn(3, 8)
+        frozen = amp.freeze()
+        assert_same(frozen(x), amp.eval()(x).detach())
+        with pytest.raises(fxamp.CaptureError, match="Masked was frozen before a call that gives mask, times") as found:
+            frozen(x, mask=x, times=3)
+        assert "hint: call amp that way once, then amp.freeze()" in str(found.value)
+        for made in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen)), copy.copy(frozen), frozen.freeze()):
+            with pytest.raises(fxamp.CaptureError, match="was frozen before"):
+                made(x, mask=x)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_calls_that_came_before_freezing_work_after_it(self, training: bool) -> None:
+        amp, x = fxamp.convert(Masked(), dtype=BF16).train(training), torch.randn(3, 8)
+        expected = amp(x).detach(), amp(x, x).detach(), amp(x, mask=x, times=3).detach()
+        frozen = amp.freeze()
+        changed(amp)
+        assert_same((frozen(x), frozen(x, x), frozen(x, mask=x, times=3)), expected)
+        assert frozen.fc.weight.dtype is torch.float32
+
+    def test_other_dtypes_of_the_inputs_are_right_after_freezing(self) -> None:
+        model, x = Alike(), torch.randn(3, 8)
+        amp = fxamp.convert(model, dtype=BF16, example_inputs=(x,)).eval()
+        frozen = amp.freeze()
+        for dtype in (torch.float32, BF16, torch.float16):
+            assert_same(frozen(x.to(dtype)), amp(x.to(dtype)).detach())
+
+    @pytest.mark.parametrize("policy", ["full", "fast", "autocast"])
+    def test_a_frozen_module_has_no_other_policy(self, policy: str) -> None:
+        frozen = fxamp.convert(Masked(), dtype=BF16).freeze()
+        with pytest.raises(fxamp.PolicyError, match="frozen for policy autocast/cpu bf16") as found:
+            frozen.replan(policy)
+        assert "hint: amp.replan(policy).freeze()" in str(found.value)
+
+    def test_freezing_again_and_copies_give_the_same(self) -> None:
+        frozen, x = fxamp.convert(Mixed(), dtype=BF16).freeze(), torch.randn(2, 5, 8)
+        for made in (frozen.freeze(), copy.copy(frozen), copy.deepcopy(frozen)):
+            assert_same(made(x), frozen(x))
+            assert str(made.report()) == str(frozen.report())
+            assert made.code == frozen.code
+        shared, own = copy.copy(frozen), frozen.freeze()
+        assert [id(p) for p in shared.parameters()] == [id(p) for p in frozen.parameters()]
+        assert not {id(p) for p in own.parameters()} & {id(p) for p in frozen.parameters()}
+
+    def test_freezing_takes_what_a_submodule_kept_of_a_forward(self) -> None:
+        amp, x = fxamp.convert(Keeping(), dtype=BF16), torch.randn(3, 8)
+        amp(x)
+        frozen = amp.freeze()
+        assert_same(frozen(x), amp.eval()(x).detach())
+
+
+class Keeping(nn.Module):
+    """Has a submodule that is a call, and keeps its last output with its history."""
+
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.count, self.lasts = nn.Linear(8, 8), 0, []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            y: Tensor = self.fc(x)
+            self.last = y
+            self.lasts.append(y)
+            return y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept, self.head = self.Kept(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.kept(x))
+
+
+class Extra(nn.Module):
+    """Has extra state that its forward reads."""
+
+    def __init__(self, scale: float = 2.0) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(8, 8), scale
+
+    def get_extra_state(self) -> Any:
+        return {"scale": self.scale}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.scale = state["scale"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.scale
+
+
+class Renamed(Extra):
+    """Saves its weights under other names."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "version"] = torch.tensor(3)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + "version")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Wrapped(Extra):
+    """Saves its weights below a key of its own."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        return {f"model.{name}": value for name, value in state.items()}
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        state = {name.removeprefix("model."): value for name, value in state_dict.items()}
+        return super().load_state_dict(state, *args, **kwargs)
+
+
+class Hooked(nn.Module):
+    """A model whose checkpoint hooks rename a key, and that has a submodule with extra state."""
+
+    def __init__(self, scale: float = 2.0) -> None:
+        super().__init__()
+        self.inner = Extra(scale)
+        self.register_state_dict_post_hook(rename)
+        self.register_load_state_dict_pre_hook(rename_back)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def rename(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
+    state[prefix + "weight"] = state.pop(prefix + "inner.fc.weight")
+
+
+def rename_back(module: nn.Module, state: Any, prefix: str, *rest: Any) -> None:
+    if prefix + "weight" in state:
+        state[prefix + "inner.fc.weight"] = state.pop(prefix + "weight")
+
+
+KINDS = [Extra, Renamed, Wrapped, Hooked]
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("loss", [None, nn.MSELoss()])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_what_the_class_does_with_its_checkpoints_is_done(self, kind: Callable[..., nn.Module], loss: Any) -> None:
+        model, other = kind(), kind(3.0)
+        amp, other_amp = fxamp.convert(model, loss, dtype=BF16), fxamp.convert(other, loss, dtype=BF16)
+        assert_same(dict(amp.state_dict()), dict(model.state_dict()))
+        assert list(amp.state_dict()) == list(model.state_dict())
+        given = (torch.randn(3, 8), torch.randn(3, 8))[: 1 if loss is None else 2]
+        expected = other_amp(*given)
+        amp.load_state_dict(other.state_dict())
+        assert_same(amp(*given), expected)
+        model.load_state_dict(other_amp.state_dict())
+        assert_same(dict(model.state_dict()), dict(other.state_dict()))
+        assert_same(dict(copy.deepcopy(amp).state_dict()), dict(other.state_dict()))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_it_is_done_below_another_module_too(self, kind: Callable[..., nn.Module]) -> None:
+        if kind is Wrapped:
+            pytest.skip("its own keys have no place for a prefix")
+        model, other, x = kind(), kind(3.0), torch.randn(3, 8)
+        outer, other_outer = nn.Sequential(fxamp.convert(model, dtype=BF16)), nn.Sequential(other)
+        assert list(outer.state_dict()) == list(nn.Sequential(model).state_dict())
+        outer.load_state_dict(other_outer.state_dict())
+        assert_same(outer(x), fxamp.convert(other, dtype=BF16)(x))
+
+    def test_a_loss_with_parameters_is_saved_and_loaded_beside_it(self) -> None:
+        class Loss(Extra):
+            def forward(self, y: Tensor) -> Tensor:
+                return (self.fc(y) * self.scale).sum()
+
+        for kind in (Extra, Wrapped):
+            amp, other, x = fxamp.convert(kind(), Loss()), fxamp.convert(kind(5.0), Loss(7.0)), torch.randn(3, 8)
+            amp.load_state_dict(other.state_dict())
+            assert_same(amp(x), other(x))
+            assert "loss.fc.weight" in amp.state_dict()
+
+    @pytest.mark.parametrize("kind", [Extra, Renamed])
+    def test_a_wrong_key_is_an_error_still(self, kind: Callable[..., nn.Module]) -> None:
+        amp = fxamp.convert(kind())
+        with pytest.raises(RuntimeError, match=r'Unexpected key.*"more"'):
+            amp.load_state_dict({**amp.state_dict(), "more": torch.zeros(1)})
+        state = amp.state_dict()
+        del state["fc.weight"]
+        with pytest.raises(RuntimeError, match=r'Missing key.*"fc\.weight"'):
+            amp.load_state_dict(state)
+
+    def test_a_python_value_that_graphs_cannot_follow_is_an_error(self) -> None:
+        frozen, net = fxamp.convert(Hooked(), dtype=BF16).freeze(), Extra()
+        with pytest.raises(fxamp.CaptureError, match="load_state_dict changed what 'inner' keeps in Python") as found:
+            frozen.load_state_dict(Hooked(3.0).state_dict())
+        assert "hint: load it into the module and convert that again" in str(found.value)
+        with pytest.raises(fxamp.CaptureError, match="'inner'"):
+            frozen.load_state_dict(Hooked(3.0).state_dict())
+        frozen.load_state_dict(Hooked().state_dict())
+        function = fxamp.convert(lambda x: net(x), dtype=BF16)
+        with pytest.raises(fxamp.CaptureError, match="load_state_dict changed what 'net' keeps in Python"):
+            function.load_state_dict({**function.state_dict(), "net._extra_state": {"scale": 3.0}})
+
+    def test_no_keys_are_added_to_those_of_a_frozen_module(self) -> None:
+        amp = fxamp.convert(Alike(), dtype=BF16)
+        assert list(amp.freeze().state_dict()) == list(amp.state_dict())
+
+    def test_a_submodule_that_was_replaced_is_saved_and_copied(self) -> None:
+        amp, x = fxamp.convert(Masked(), dtype=BF16), torch.randn(3, 8)
+        amp.fc = nn.Linear(8, 8)
+        assert_same(amp.state_dict()["fc.weight"], amp.fc.weight.detach())
+        for made in (copy.deepcopy(amp), pickle.loads(pickle.dumps(amp)), copy.copy(amp), amp.replan("autocast")):
+            assert_same(made(x), amp(x))

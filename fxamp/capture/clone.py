@@ -6,14 +6,17 @@ and buffer. What a forward does to ``self`` while it is traced stays in the clon
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Iterable, Mapping
 from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-__all__ = ["clone_tree", "clone_trees"]
+__all__ = ["clone_tree", "clone_trees", "tensor_copies"]
 
 _SHARED = (torch.jit.ScriptModule,)
 
@@ -34,10 +37,31 @@ def clone_tree(model: nn.Module) -> nn.Module:
     return clone_trees(model, None)[0]
 
 
-def clone_trees(model: nn.Module, loss: nn.Module | None) -> tuple[nn.Module, nn.Module | None]:
-    """Copies of two module trees as ``clone_tree`` makes them; what they share, the copies share."""
-    memo: dict[int, Any] = {}
+def clone_trees(
+    model: nn.Module, loss: nn.Module | None, known: Mapping[int, Any] | None = None
+) -> tuple[nn.Module, nn.Module | None]:
+    """Copies of two module trees as ``clone_tree`` makes them; what they share, the copies share.
+
+    Args:
+        model: the one tree.
+        loss: the other.
+        known: by identity, what is to be in the place of a tensor or a module.
+    """
+    memo: dict[int, Any] = dict(known or {})
     return _clone(model, memo), None if loss is None else _clone(loss, memo)
+
+
+def tensor_copies(modules: Iterable[nn.Module], *others: Any) -> dict[int, Any]:
+    """Copies of the tensors that modules and containers keep, and of scripted modules, by identity of the original."""
+    copies: dict[int, Any] = {}
+    storages: dict[int, Any] = {}  # what shares memory does so in the copies
+    kept = [value for module in modules for value in (*vars(module).values(), module)]
+    for value in pytree.tree_leaves([kept, *map(list, others)]):
+        if isinstance(value, torch.Tensor) and id(value) not in copies:
+            copies[id(value)] = copy.deepcopy(value if value.is_leaf else value.detach(), storages)
+        elif isinstance(value, torch.jit.ScriptModule):
+            copies[id(value)] = copy.deepcopy(value, storages)
+    return copies
 
 
 def _clone(value: Any, memo: dict[int, Any]) -> Any:

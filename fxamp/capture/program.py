@@ -128,6 +128,11 @@ class Program:
             view._modules[self.loss_path] = self.loss_tree
         return view
 
+    @property
+    def is_function(self) -> bool:
+        """Whether a function is traced, on the user's own modules, and not a method of a clone."""
+        return self._function is not None
+
     def attribute(self, path: str) -> Any:
         """The parameter, buffer, tensor or module that a graph reads under this name."""
         if path in self.extras:
@@ -145,11 +150,12 @@ class Program:
                 module.train(mode == "train")
         return {path: module.training for path, module in _paths(tree, loss_tree, self.loss_path).items()}
 
-    def shared(self) -> Program:
-        """A program of its own module tree over the same tensors."""
-        new = copy.copy(self)
-        tree, loss_tree = clone_trees(self.tree, self.loss_tree)
-        new.__dict__.update(self.__dict__, tree=tree, loss_tree=loss_tree, extras=dict(self.extras))
+    def shared(self, copies: Mapping[int, Any] | None = None) -> Program:
+        """A program of its own module tree over the same tensors, or over the copies that are given for them."""
+        new, known = copy.copy(self), copies or {}
+        tree, loss_tree = clone_trees(self.tree, self.loss_tree, known)
+        extras = {name: known.get(id(value), value) for name, value in self.extras.items()}
+        new.__dict__.update(self.__dict__, tree=tree, loss_tree=loss_tree, extras=extras)
         return new
 
     def trace(

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxamp.capture import values_of
+from fxamp.capture import Program, values_of
 from fxamp.capture.calls import enter_inference_mode, leave_inference_modes
 from fxamp.capture.packing import pack_graph, unpack_graph
 from fxamp.errors import CaptureError, FxampError, describe
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
 from fxamp.runtime.casts import HELD, AmbientCall, Held, execution_device_type, leaf_cast
-from fxamp.runtime.conversion import Conversion, Variant
+from fxamp.runtime.checkpoints import CheckpointedModule
+from fxamp.runtime.conversion import Conversion
 from fxamp.runtime.inspection import Inspection
-from fxamp.runtime.names import NamedGraphModule
 from fxamp.runtime.scaler import GradScaler
+from fxamp.runtime.variant import Variant
 
 __all__ = ["AmpModule", "inspect", "not_a_scalar"]
 
@@ -32,19 +33,18 @@ _BAKED = (bool, str, type(None))
 _GUARDED = frozenset({torch._C._set_grad_enabled, enter_inference_mode, leaf_cast})
 
 
-class AmpModule(NamedGraphModule):
+class AmpModule(CheckpointedModule):
     """A mixed-precision ``GraphModule`` that shares its parameters and buffers with the model it came from.
 
     It is made by ``fxamp.convert``. A submodule of the model that is called ``scaler``, ``policy``, ``graph``,
     ``code`` or the like keeps its name; ``fxamp.inspect(amp)`` then reaches what is hidden.
     """
 
-    _conversion: Conversion
-
     def __init__(self, conversion: Conversion) -> None:
         super().__init__("AmpModule")
         self.__dict__["_conversion"] = conversion
         self._adopt(conversion.program)
+        self._own_checkpoints()
         self._activate()
         conversion.scaler._bind(self)
 
@@ -191,7 +191,14 @@ class AmpModule(NamedGraphModule):
         return new
 
     def __copy__(self) -> AmpModule:
-        return inspect(self).replan(self._conversion.policy)
+        if self._conversion.frozen is None:
+            return inspect(self).replan(self._conversion.policy)
+        return self._copied(self._conversion.program.shared())
+
+    def _copied(self, program: Program) -> AmpModule:
+        """The same graphs on the modules of another program."""
+        packed = {**self._conversion.packed(pack_graph), "program": program}
+        return _restore({**packed, "scaler": copy.deepcopy(packed["scaler"])}, self.training)
 
     # -- what belongs to it ------------------------------------------------------------------------
 
@@ -230,8 +237,9 @@ class AmpModule(NamedGraphModule):
     def freeze(self) -> AmpModule:
         """A new module for inference, in eval mode, whose weights are stored in the low dtype.
 
-        Its outputs are bitwise those of this module in eval mode. Weights that are also used in float32
-        keep their dtype and get a low copy beside it. This module is left as it is.
+        Its outputs are bitwise those of this module in eval mode with ``requires_grad_(False)``, which some kernels of
+        torch ask for, and for the kinds of calls that were made before. It shares no tensor with this module. Weights
+        that are also used in float32 keep their dtype and get a low copy beside it.
         """
         return inspect(self).freeze()
 

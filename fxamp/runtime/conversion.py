@@ -7,7 +7,7 @@ one. The later stages (rewriting, reporting) are handed in as functions, so that
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,8 +19,9 @@ from fxamp.errors import CaptureError, PolicyError, nearest
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
 from fxamp.runtime.scaler import GradScaler
+from fxamp.runtime.variant import Variant
 
-__all__ = ["Asked", "Conversion", "Stages", "Variant"]
+__all__ = ["Asked", "Conversion", "Stages"]
 
 MAX_VARIANTS = 32
 MAX_STARS = 4
@@ -30,12 +31,12 @@ class Stages(NamedTuple):
     """The stages after capture.
 
     ``build`` makes plan and graph of what was traced; ``report`` shows them; ``freeze`` folds the weights of
-    a conversion into the low dtype.
+    a conversion into the low dtype, and tells which keep a low copy beside them.
     """
 
     build: Callable[..., tuple[PrecisionPlan, fx.Graph]]
     report: Callable[..., Any]
-    freeze: Callable[..., None]
+    freeze: Callable[..., dict[str, tuple[str, torch.dtype]]]
 
 
 @dataclass(frozen=True)
@@ -53,32 +54,6 @@ class Asked:
 
 
 @dataclass
-class Variant:
-    """One graph: as traced, as planned, as rewritten, as compiled."""
-
-    traced: Traced
-    plan: PrecisionPlan
-    graph: fx.Graph
-    function: Any = None
-    code: str = ""
-    ambient: bool = False
-    guarded: bool = False
-    mode_flags: tuple[tuple[nn.Module, bool], ...] = ()
-    asked: tuple[int, ...] = ()  # placeholders whose type the model asked for
-    observed: tuple[tuple[torch.dtype, bool] | None, ...] = ()  # dtype, and whether 0-dim, of the example inputs
-    by_rule: Variant | None = None  # planned without them
-
-    def fits(self, values: Sequence[Any]) -> bool:
-        """Whether the dtypes of these inputs are those that it was planned for, when it was planned for some."""
-        for value, expected in zip(values, self.observed, strict=False):
-            if expected is not None and isinstance(value, torch.Tensor):
-                dtype, scalar = expected
-                if value.dtype is not dtype or (value.dim() == 0) is not scalar:
-                    return False
-        return True
-
-
-@dataclass
 class Conversion:
     """The state of an ``AmpModule``.
 
@@ -93,6 +68,7 @@ class Conversion:
         dtypes: those of the parameters and buffers when the graphs were planned.
         refused: layouts whose numbers have to be baked in.
         written: how often the parameters had been written to at the last call that looked.
+        frozen: None, or what ``freeze`` told when the weights were stored in the low dtype.
     """
 
     program: Program
@@ -109,6 +85,7 @@ class Conversion:
     dtypes: tuple[torch.dtype, ...] = ()
     refused: list[Layout] = field(default_factory=list)
     written: int = -1
+    frozen: dict[str, tuple[str, torch.dtype]] | None = None
 
     @staticmethod
     def start(
@@ -182,7 +159,7 @@ class Conversion:
     @property
     def base(self) -> Variant:
         """The graph of the current mode for the call that was converted."""
-        found = self._find(self.layout)
+        found = self.find(self.layout)
         assert found is not None
         return found
 
@@ -202,9 +179,11 @@ class Conversion:
 
     def variant(self, layout: Layout, values: Mapping[str, Any]) -> Variant:
         """The graph for a call of this layout in the current mode; traced now when it is the first such call."""
-        found = self._find(layout)
+        found = self.find(layout)
         if found is not None:
             return found
+        if self.frozen is not None:
+            raise _not_before_freezing(self.program, [slot.name for slot in layout if slot not in self.layout])
         if len(self.variants) >= MAX_VARIANTS:
             raise CaptureError(
                 f"{MAX_VARIANTS} kinds of calls were traced already: an optional argument changes with every call",
@@ -214,7 +193,8 @@ class Conversion:
         self.variants.append((self.mode, self._build(self.mode, traced)))
         return self.variants[-1][1]
 
-    def _find(self, layout: Layout) -> Variant | None:
+    def find(self, layout: Layout) -> Variant | None:
+        """The graph for a call of this layout in the current mode, when there is one."""
         for mode, variant in self.variants:
             if mode == self.mode and variant.traced.layout == layout:
                 return variant
@@ -230,6 +210,13 @@ class Conversion:
         self._finish()
         return True
 
+    def follow_modules(self) -> None:
+        """Traces anew: what modules are, or keep in Python, is other than when they were traced."""
+        self.traced, self.variants = [], []
+        for mode in dict.fromkeys((self.mode, "train", "eval")):
+            self._trace(mode, self.layout)
+        self._finish()
+
     def forget_stale_copies(self) -> None:
         """Empties the cache of autocast when a parameter was written to since the last time."""
         tensors = (parameter for parameter in self.program.whole.parameters() if not parameter.is_inference())
@@ -238,14 +225,14 @@ class Conversion:
             torch.clear_autocast_cache()
         self.written = versions
 
-    def replanned(self, policy: Policy) -> Conversion:
+    def replanned(self, policy: Policy, program: Program | None = None) -> Conversion:
         """A conversion of the same traces under another policy, with a module tree of its own."""
         asked = replace(self.asked, policy=policy)
         if policy.device_type is not None:
             asked = replace(asked, device_type=None)
         if policy.dtype is not None:
             asked = replace(asked, dtype=None)
-        program = self.program.shared()
+        program = program if program is not None else self.program.shared()
         new = replace(
             self,
             program=program,
@@ -276,7 +263,7 @@ class Conversion:
             (mode, replace(v.traced, graph=pack(v.traced.graph)), v.plan, pack(v.graph), v.observed)
             for mode, v in self.variants
         ]
-        names = ("program", "asked", "stages", "policy", "mode", "layout", "scaler", "dtypes")
+        names = ("program", "asked", "stages", "policy", "mode", "layout", "scaler", "dtypes", "frozen")
         return {"variants": variants, **{name: getattr(self, name) for name in names}}
 
     @staticmethod
@@ -305,6 +292,14 @@ def _base_layout(program: Program, mode: str, policy: Policy) -> Layout:
     if failed is not None:
         raise failed
     return program.signature.base_layout()
+
+
+def _not_before_freezing(program: Program, given: list[str]) -> CaptureError:
+    return CaptureError(
+        f"{program.name} was frozen before a call that gives {', '.join(given) or 'such arguments'}: its graphs were "
+        f"made for the calls that had come, and the weights are rounded now",
+        hint="call amp that way once, then amp.freeze()",
+    )
 
 
 def _observed(example: Any) -> tuple[torch.dtype, bool] | None:

@@ -11,6 +11,7 @@ from torch import fx
 
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
+from fxamp.runtime.frozen import check_thawed, frozen, own_tensors
 from fxamp.runtime.scaler import GradScaler
 
 if TYPE_CHECKING:
@@ -58,20 +59,17 @@ class Inspection:
 
     def replan(self, policy: str | Policy) -> AmpModule:
         """A new module under another policy."""
+        check_thawed(self._conversion)
         self._amp._settle(self._conversion.program)
         amp = self._amp._remade(self._conversion.replanned(Policy.of(policy)))
         return amp.train(self._amp.training)
 
     def freeze(self) -> AmpModule:
-        """A new module for inference with low weights."""
+        """A new module for inference with low weights, and with tensors of its own."""
         self._amp._settle(self._conversion.program)
-        conversion = self._conversion.replanned(self._conversion.policy)
-        conversion.mode = "eval"
-        conversion.stages.freeze(conversion)
-        amp = self._amp._remade(conversion)
-        for parameter in amp.parameters():
-            parameter.requires_grad_(False)
-        return amp.eval()
+        if self._conversion.frozen is not None:
+            return self._amp._copied(own_tensors(self._conversion.program)).eval()
+        return self._amp._remade(frozen(self._conversion)).eval()
 
     @contextmanager
     def hold_weights(self) -> Iterator[None]:
