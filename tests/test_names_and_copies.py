@@ -579,3 +579,76 @@ class TestCheckpoints:
         assert_same(amp.state_dict()["fc.weight"], amp.fc.weight.detach())
         for made in (copy.deepcopy(amp), pickle.loads(pickle.dumps(amp)), copy.copy(amp), amp.replan("autocast")):
             assert_same(made(x), amp(x))
+
+
+class Counts(nn.Module):
+    """Stays a call, and gives on what it got, in part or in a container, or what it has."""
+
+    def __init__(self, what: str = "itself") -> None:
+        super().__init__()
+        self.calls, self.what, self.last = 0, what, torch.zeros(8, 8)
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Any:
+        self.calls += 1
+        if self.what == "weight":
+            return x @ self.weight, self.weight
+        if self.what == "last":
+            self.last, last = x, self.last if self.calls % 2 == 0 else x * 2
+            return last
+        if self.what == "given":
+            return x @ rest[0], rest[0]
+        return {"itself": x, "list": [x, x * 2], "dict": {"x": x}, "view": x.view_as(x), "used": x}[self.what]
+
+
+class HandsOn(nn.Module):
+    def __init__(self, what: str, use: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.counts, self.use = Counts(what), use
+        for name in "vw":
+            setattr(self, name, nn.Parameter(torch.randn(8, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, x)
+
+
+class TestLeavesThroughCalls:
+    @pytest.mark.parametrize("examples", [False, True])
+    @pytest.mark.parametrize(
+        ("what", "use"),
+        [
+            ("itself", lambda m, x: m.counts(x) @ m.w * 1.3 + m.counts(x) @ m.v + x @ m.w),
+            ("itself", lambda m, x: m.counts(m.w) @ x.t() + (x @ m.w).t() + (m.v @ x.t())),
+            ("itself", lambda m, x: m.counts(m.counts(x)) @ m.w + torch.einsum("ij,jk->ik", x, m.v) + x @ m.v),
+            ("list", lambda m, x: m.counts(x)[0] @ m.w * 1.3 + x @ m.v + m.counts(x)[0] @ m.v),
+            ("dict", lambda m, x: m.counts(x)["x"] @ m.w * 1.3 + x @ m.v + m.counts(x)["x"] @ m.v),
+            ("view", lambda m, x: m.counts(x) @ m.w * 1.3 + x @ m.v + m.counts(x) @ m.v),
+            ("last", lambda m, x: m.counts(x) + m.counts(x * 3) @ m.w * 1.3 + x @ m.v + x @ m.w),
+            ("weight", lambda m, x: m.counts(x)[0] + x @ m.counts(x)[1] + x @ m.counts.weight),
+            ("given", lambda m, x: m.counts(x, m.w)[0] + x @ m.counts(x, m.w)[1] * 1.3 + x @ m.w + x @ m.v),
+        ],
+    )
+    def test_what_a_call_gives_back_may_be_any_leaf_that_it_got(self, what: str, use: Any, examples: bool) -> None:
+        model, x = HandsOn(what, use), torch.randn(8, 8, requires_grad=True)
+        check_against_autocast(model, x, examples=examples, modes=(True,))
+
+    def test_a_hook_may_give_back_the_input(self) -> None:
+        model = HandsOn("itself", lambda m, x: m.fc(x) @ m.w + m.fc(x) @ m.v * 1.3 + x @ m.w)
+        model.fc = nn.Linear(8, 8)
+        model.fc.register_forward_hook(lambda module, args, output: args[0])
+        check_against_autocast(model, torch.randn(8, 8, requires_grad=True))
+
+    def test_a_module_of_torch_makes_new_tensors(self) -> None:
+        model = nn.Sequential(nn.LSTM(8, 8))
+        amp = fxamp.convert(Headed(model), dtype=BF16)
+        assert amp.plan["linear"].how == "call"
+
+
+class Headed(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = body, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.body(x)[0])
+        return y
