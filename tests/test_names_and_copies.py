@@ -652,3 +652,17 @@ class Headed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.head(self.body(x)[0])
         return y
+
+
+@pytest.mark.parametrize("op", ["aten::to", torch.Tensor.to, "aten::type_as", "aten::alias"])
+@pytest.mark.parametrize("rule", ["fp32", "lower", "follow"])
+def test_the_models_own_casts_cannot_be_overridden(op: Any, rule: str) -> None:
+    def casts(x: Tensor, y: Tensor) -> Tensor:
+        return x.to(y).type_as(y).half().float()[0] + x
+
+    policy = fxamp.Policy.autocast("cpu", BF16).with_ops({op: rule})
+    with pytest.raises(fxamp.PolicyError, match="is for a cast of the model's own or a part of a value") as found:
+        fxamp.convert(casts, policy=policy)
+    assert "hint: override the operator that takes its result" in str(found.value)
+    with pytest.raises(fxamp.PolicyError, match="is for a cast of the model's own"):
+        fxamp.convert(casts, dtype=BF16).replan(policy)

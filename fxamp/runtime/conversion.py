@@ -17,6 +17,7 @@ from torch import fx, nn
 from fxamp.capture import Layout, Program, Traced, values_of
 from fxamp.errors import CaptureError, PolicyError, nearest
 from fxamp.plan import PrecisionPlan
+from fxamp.plan.rules import check_overridable
 from fxamp.policy import Policy
 from fxamp.runtime.scaler import GradScaler
 from fxamp.runtime.variant import Variant
@@ -252,6 +253,7 @@ class Conversion:
         decisions = (decision for _, variant in self.variants for decision in variant.plan)
         seen = {decision.aten for decision in decisions if decision.aten and decision.reason != "in-place"}
         for aten, _ in self.policy.ops:
+            check_overridable(aten)
             if aten not in seen:
                 close = nearest(aten, seen)
                 hint = f"write 'aten::{close}'" if close else "print(amp.report()) lists the operators of the model"
