@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -666,3 +667,35 @@ def test_the_models_own_casts_cannot_be_overridden(op: Any, rule: str) -> None:
     assert "hint: override the operator that takes its result" in str(found.value)
     with pytest.raises(fxamp.PolicyError, match="is for a cast of the model's own"):
         fxamp.convert(casts, dtype=BF16).replan(policy)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, x: m.fc(x) + x @ m.w,
+        lambda m, x: m.fc(x * 2) + (x * 2) @ m.w + x.view(4, 8) @ m.w,
+        lambda m, x: m.fc(torch.flatten(x, 1)) + x @ m.w * 1.7,
+        lambda m, x: first_without_gradients(m, x) + x @ m.w + m.fc(x),
+    ],
+)
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_compiled_module_has_the_same_gradients(use: Any, leaf: bool) -> None:
+    model = HandsOn("itself", use)
+    model.fc = nn.Linear(8, 8)
+    amp, x = fxamp.convert(model, dtype=BF16), torch.randn(4, 8, requires_grad=leaf)
+    expected, expected_grads = run(amp, (x,), {}, nullcontext())
+    amp.zero_grad()
+    torch.compiler.reset()
+    compiled = torch.compile(amp, backend="aot_eager", fullgraph=True)
+    found, grads = run(lambda *inputs: compiled(*inputs), (x,), {}, nullcontext())
+    assert_same(found, expected)
+    assert_same([grads["input 0"]], [expected_grads["input 0"]])
+    assert_same([p.grad for p in amp.parameters()], [expected_grads[name] for name, _ in amp.named_parameters()])
+    with torch.no_grad():
+        assert_same(compiled(x), amp(x))
+
+
+def first_without_gradients(model: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = model.fc(x)
+    return y

@@ -79,7 +79,9 @@ class AmpModule(CheckpointedModule):
         if variant.ambient and (self._conversion.held is not None or torch.is_autocast_enabled(device_type)):
             self._conversion.forget_stale_copies()  # autocast itself would hand them out as long as a region is open
         shares = variant.guarded or HELD or self._conversion.held is not None
-        if shares and not torch.compiler.is_compiling():
+        if shares and torch.compiler.is_compiling():
+            return self._run_compiling(variant, values, device_type)
+        if shares:
             return self._run_guarded(variant, values, device_type)
         if variant.ambient or torch.is_autocast_enabled(device_type):
             # The graph has its casts; one context around all opaque calls lets them share autocast's cache.
@@ -98,6 +100,15 @@ class AmpModule(CheckpointedModule):
             HELD.pop()
             leave_inference_modes(depth)
             torch._C._set_grad_enabled(grad_mode)
+
+    def _run_compiling(self, variant: Variant, values: Any, device_type: str) -> Any:
+        """The same in what torch.compile can trace."""
+        HELD.append(Held({}, {}, []))
+        try:
+            with torch.autocast(device_type, enabled=False):
+                return variant.function(self._root, *values)
+        finally:
+            HELD.pop()
 
     def _variant_for(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, bake_numbers: bool = False

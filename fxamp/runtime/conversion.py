@@ -298,8 +298,7 @@ def _base_layout(program: Program, mode: str, policy: Policy) -> Layout:
 
 def _not_before_freezing(program: Program, given: list[str]) -> CaptureError:
     return CaptureError(
-        f"{program.name} was frozen before a call that gives {', '.join(given) or 'such arguments'}: its graphs were "
-        f"made for the calls that had come, and the weights are rounded now",
+        f"{program.name} was frozen before a call that gives {', '.join(given) or 'such arguments'}",
         hint="call amp that way once, then amp.freeze()",
     )
 
