@@ -699,3 +699,72 @@ def first_without_gradients(model: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         y: Tensor = model.fc(x)
     return y
+
+
+def freezes(m: Any, x: Tensor) -> Tensor:
+    for p in m.fc.parameters():
+        p.requires_grad = False
+    y: Tensor = m.fc(x)
+    return y
+
+
+def clears(m: Any, x: Tensor) -> Tensor:
+    m.zero_grad()
+    y: Tensor = m.fc(x)
+    return y
+
+
+def forgets(m: Any, x: Tensor) -> Tensor:
+    m.fc.weight.grad = None
+    y: Tensor = m.fc(x)
+    return y
+
+
+def replaces(m: Any, x: Tensor) -> Tensor:
+    for p in m.fc.parameters():
+        p.data = p.data * 2
+    y: Tensor = m.fc(x)
+    return y
+
+
+def deletes(m: Any, x: Tensor) -> Tensor:
+    for p in m.fc.parameters():
+        del p.grad
+    y: Tensor = m.fc(x)
+    return y
+
+
+class Sets(nn.Module):
+    def __init__(self, use: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.fc, self.use = nn.Linear(8, 8), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, x)
+
+
+class TestAttributesOfTensors:
+    @pytest.mark.parametrize(
+        ("use", "name"),
+        [(freezes, "requires_grad"), (forgets, "grad"), (replaces, "data"), (deletes, "grad")],
+    )
+    @pytest.mark.parametrize("examples", [False, True])
+    def test_setting_one_in_the_models_own_forward_is_an_error(self, use: Any, name: str, examples: bool) -> None:
+        shown = (torch.randn(3, 8),) if examples else None
+        with pytest.raises(fxamp.CaptureError, match=rf"cannot trace {use.__name__} .*sets the attribute '{name}'"):
+            fxamp.convert(Sets(use), example_inputs=shown)
+
+    def test_clearing_gradients_there_is_one_too(self) -> None:
+        with pytest.raises(fxamp.CaptureError, match=r"cannot trace Sets.forward|cannot trace clears"):
+            fxamp.convert(Sets(clears))
+
+    @pytest.mark.parametrize("use", [freezes, forgets, replaces, deletes, clears])
+    def test_a_submodule_that_sets_one_stays_a_call(self, use: Any) -> None:
+        model, x = nn.Sequential(nn.Linear(8, 8), Sets(use)), torch.randn(3, 8)
+        before = [p.clone() for p in model.parameters()]
+        with torch.autocast("cpu", BF16):
+            expected = copy.deepcopy(model)(x)
+        amp = fxamp.convert(model, dtype=BF16)
+        assert_same([p.detach() for p in model.parameters()], [p.detach() for p in before])
+        assert all(p.requires_grad for p in model.parameters())
+        assert_same(amp(x), expected)
