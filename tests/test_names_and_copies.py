@@ -415,6 +415,21 @@ class TestFreeze:
         assert [id(p) for p in shared.parameters()] == [id(p) for p in frozen.parameters()]
         assert not {id(p) for p in own.parameters()} & {id(p) for p in frozen.parameters()}
 
+    def test_a_frozen_module_can_be_given_another_dtype(self) -> None:
+        amp, x = fxamp.convert(Alike(), dtype=BF16).eval(), torch.randn(3, 8)
+        frozen = amp.freeze()
+        assert_same(frozen.float()(x), amp(x).detach())
+        amp = fxamp.convert(nn.Sequential(nn.Linear(8, 8)), dtype=BF16).eval()
+        assert_same(amp.freeze().float()(x), amp(x).detach())
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+    def test_a_scripted_submodule_is_copied_too(self) -> None:
+        model = nn.Sequential(nn.Linear(8, 8), torch.jit.script(nn.Sequential(nn.Linear(8, 8))))
+        amp, x = fxamp.convert(model, dtype=BF16).eval(), torch.randn(3, 8)
+        frozen, expected = amp.freeze(), amp(x).detach()
+        changed(model)
+        assert_same(frozen(x), expected)
+
     def test_freezing_takes_what_a_submodule_kept_of_a_forward(self) -> None:
         amp, x = fxamp.convert(Keeping(), dtype=BF16), torch.randn(3, 8)
         amp(x)

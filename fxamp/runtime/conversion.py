@@ -22,7 +22,7 @@ from fxamp.policy import Policy
 from fxamp.runtime.scaler import GradScaler
 from fxamp.runtime.variant import Variant
 
-__all__ = ["Asked", "Conversion", "Stages"]
+__all__ = ["Asked", "Conversion", "Stages", "dtypes_of"]
 
 MAX_VARIANTS = 32
 MAX_STARS = 4
@@ -108,7 +108,7 @@ class Conversion:
 
     def _finish(self) -> None:
         """Plans everything traced, and pairs the scaler."""
-        self.dtypes = _dtypes(self.program.whole)
+        self.dtypes = dtypes_of(self.program.whole)
         known, self.traced = self.traced, []
         for mode, traced in known:
             if traced.serves(traced.modes, _ambient(self.policy)):
@@ -180,8 +180,7 @@ class Conversion:
 
     def variant(self, layout: Layout, values: Mapping[str, Any]) -> Variant:
         """The graph for a call of this layout in the current mode; traced now when it is the first such call."""
-        found = self.find(layout)
-        if found is not None:
+        if (found := self.find(layout)) is not None:
             return found
         if self.frozen is not None:
             raise _not_before_freezing(self.program, [slot.name for slot in layout if slot not in self.layout])
@@ -203,7 +202,7 @@ class Conversion:
 
     def follow_tensors(self) -> bool:
         """Plans anew when the tensors are on a device with other rules, or of other dtypes; whether they are."""
-        policy, dtypes = self.asked.resolve(self.program.whole), _dtypes(self.program.whole)
+        policy, dtypes = self.asked.resolve(self.program.whole), dtypes_of(self.program.whole)
         if (policy, dtypes) == (self.policy, self.dtypes):
             return False
         self.policy, self.variants = policy, []
@@ -320,7 +319,8 @@ def _mode_of(tree: nn.Module) -> str:
     return "train" if flags.pop() else "eval"
 
 
-def _dtypes(tree: nn.Module) -> tuple[torch.dtype, ...]:
+def dtypes_of(tree: nn.Module) -> tuple[torch.dtype, ...]:
+    """The dtypes of the parameters and buffers, in order."""
     return tuple(tensor.dtype for tensor in (*tree.parameters(), *tree.buffers()))
 
 

@@ -12,7 +12,7 @@ from fxamp.capture import Layout, Program
 from fxamp.capture.clone import tensor_copies
 from fxamp.dtypes import abbreviate
 from fxamp.errors import FxampError, PolicyError
-from fxamp.runtime.conversion import Conversion
+from fxamp.runtime.conversion import Conversion, dtypes_of
 
 __all__ = ["check_thawed", "frozen", "own_tensors", "refresh"]
 
@@ -24,6 +24,7 @@ def frozen(conversion: Conversion) -> Conversion:
     for _, traced in list(new.traced):
         _prepare(new, traced.layout)
     new.frozen = new.stages.freeze(new)
+    new.dtypes = dtypes_of(new.program.whole)
     for parameter in new.program.whole.parameters():
         parameter.requires_grad_(False)
     return new
@@ -31,7 +32,9 @@ def frozen(conversion: Conversion) -> Conversion:
 
 def own_tensors(program: Program) -> Program:
     """A copy of the program down to its tensors; they may have a history, which a copy does not take."""
-    return program.shared(tensor_copies(program.whole.modules(), vars(program.tree).values(), program.extras.values()))
+    others = vars(program.tree).values(), program.extras.values()
+    with torch.no_grad():
+        return program.shared(tensor_copies(program.whole.modules(), *others))
 
 
 def refresh(conversion: Conversion) -> None:
