@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from fxamp.capture import Layout, Program, Traced, values_of
+from fxamp.capture.clone import is_compiled
 from fxamp.dtypes import check_low_dtype
 from fxamp.errors import CaptureError, PolicyError, describe, nearest
 from fxamp.insight import report_of
@@ -62,8 +63,9 @@ def convert(
         torch.bfloat16
     """
     asked = _asked(policy, device_type, dtype)
-    if not callable(model) or isinstance(model, AmpModule):
-        raise _not_a_model(model)
+    refused = _not_a_model(model) or _not_a_loss(loss)
+    if refused is not None:
+        raise refused
     _check_initialised(model)
     program = Program(model, loss)
     layout, examples = _example_layout(program, example_inputs)
@@ -131,10 +133,31 @@ def _asked(policy: str | Policy, device_type: str | None, dtype: torch.dtype | N
     return Asked(Policy.of(policy), device_type, dtype)
 
 
-def _not_a_model(model: Any) -> CaptureError:
+def _not_a_model(model: Any) -> CaptureError | None:
     if isinstance(model, AmpModule):
         return CaptureError("the model is converted already", hint="amp.replan(policy) changes its policy")
-    return CaptureError(f"found {describe(model)}: expected a module or a callable", hint="fxamp.convert(model)")
+    if isinstance(model, type):
+        name = model.__name__
+        return CaptureError(f"found the class {name}: expected a module", hint=f"fxamp.convert({name}(...))")
+    if not callable(model):
+        return CaptureError(f"found {describe(model)}: expected a module or a callable", hint="fxamp.convert(model)")
+    if hasattr(model, "_torchdynamo_orig_callable") or is_compiled(model):
+        compile_after = "convert it first: torch.compile(fxamp.convert(model))"
+        return CaptureError("the model is compiled already: expected one that can be traced", hint=compile_after)
+    if isinstance(model, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+        in_a_module = "convert the model before torch.jit.script, or put it into a module: nn.Sequential(model)"
+        return CaptureError("the model is scripted: its calls cannot be seen", hint=in_a_module)
+    return None
+
+
+def _not_a_loss(loss: Any) -> CaptureError | None:
+    if isinstance(loss, type):
+        return CaptureError(f"the loss is the class {loss.__name__}", hint=f"write loss={loss.__name__}()")
+    if loss is None or callable(loss):
+        return None
+    return CaptureError(
+        f"the loss is {describe(loss)}: expected a callable", hint="write loss=torch.nn.functional.mse_loss"
+    )
 
 
 def _example_layout(program: Program, example_inputs: Any) -> tuple[Layout | None, list[Any] | None]:

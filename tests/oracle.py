@@ -57,7 +57,7 @@ def cuda_rules() -> Iterator[None]:
 
     with warnings.catch_warnings(), torch.library._scoped_library("aten", "IMPL") as library:
         warnings.simplefilter("ignore")
-        for name in registered:
+        for name in filter(lambda name: name.startswith("aten::"), registered):
             library.impl(name.removeprefix("aten::"), torch.library.fallthrough_kernel, "AutocastCPU")
         for name, policy in cuda_lists().items():
             if not name.startswith("cudnn"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -125,13 +126,16 @@ class TestNames:
         assert fxamp.inspect(amp).code == code
 
     def test_a_submodule_may_be_replaced_under_any_name(self) -> None:
-        amp, x = fxamp.convert(Chain(["graph", "fc"]), dtype=BF16), torch.randn(3, 8)
-        other = nn.Linear(8, 8)
-        amp.graph = other
+        model = nn.Sequential(OrderedDict(graph=nn.Dropout(), fc=nn.Linear(8, 8)))
+        amp, x = fxamp.convert(model, dtype=BF16), torch.randn(3, 8)
+        amp.graph = nn.ReLU()
         with torch.autocast("cpu", BF16):
-            expected = torch.relu(other(x)) + other.weight.sum()
-            expected = torch.relu(amp.fc(expected)) + amp.fc.weight.sum()
+            expected = amp.fc(torch.relu(x))
         assert_same(amp(x), expected)
+        amp.fc = nn.Linear(8, 8)
+        assert amp.fc is amp._modules["fc"]
+        with pytest.raises(fxamp.CaptureError, match="submodule 'fc' was replaced after"):
+            amp(x)
 
     @pytest.mark.parametrize("name", ["code", "graph", "meta", "scaler", "_code", "h", "_conversion"])
     def test_a_forward_may_keep_a_tensor_under_any_name(self, name: str) -> None:
@@ -590,9 +594,10 @@ class TestCheckpoints:
         assert list(amp.freeze().state_dict()) == list(amp.state_dict())
 
     def test_a_submodule_that_was_replaced_is_saved_and_copied(self) -> None:
-        amp, x = fxamp.convert(Masked(), dtype=BF16), torch.randn(3, 8)
-        amp.fc = nn.Linear(8, 8)
-        assert_same(amp.state_dict()["fc.weight"], amp.fc.weight.detach())
+        model = nn.Sequential(OrderedDict(drop=nn.Dropout(), fc=nn.Linear(8, 8)))
+        amp, x = fxamp.convert(model, dtype=BF16), torch.randn(3, 8)
+        amp.drop = nn.PReLU()
+        assert_same(amp.state_dict()["drop.weight"], amp.drop.weight.detach())
         for made in (copy.deepcopy(amp), pickle.loads(pickle.dumps(amp)), copy.copy(amp), amp.replan("autocast")):
             assert_same(made(x), amp(x))
 
@@ -783,3 +788,89 @@ class TestAttributesOfTensors:
         assert_same([p.detach() for p in model.parameters()], [p.detach() for p in before])
         assert all(p.requires_grad for p in model.parameters())
         assert_same(amp(x), expected)
+
+
+class Asks(nn.Module):
+    """Goes another way in each grad mode, and by what its weight is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fc.weight.dtype == torch.float32:
+            x = x + 1
+        return self.fc(x) if torch.is_grad_enabled() else self.fc(x) * 3
+
+
+class TestFrozenAndAsked:
+    def test_a_frozen_module_goes_its_way_in_each_grad_mode(self) -> None:
+        amp, x = fxamp.convert(Asks(), dtype=BF16).eval(), torch.randn(3, 8)
+        frozen = amp.freeze()
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                for made in (frozen, pickle.loads(pickle.dumps(frozen)), frozen.freeze()):
+                    assert torch.equal(made(x), amp(x))
+
+    def test_a_hook_on_a_submodule_of_a_frozen_module_is_an_error(self) -> None:
+        amp, x = fxamp.convert(Asks(), dtype=BF16), torch.randn(3, 8)
+        frozen = amp.freeze()
+        handle = frozen.get_submodule("fc").register_forward_hook(lambda module, args, output: output * 2)
+        with pytest.raises(fxamp.CaptureError, match="changed after it was frozen") as found:
+            frozen(x)
+        assert str(found.value).endswith("hint: change the module that it was frozen from, then amp.freeze()")
+        handle.remove()
+        assert_same(frozen(x), amp.requires_grad_(False).eval()(x))
+
+    def test_weights_of_another_dtype_that_are_assigned_to_a_frozen_module(self) -> None:
+        model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(3, 8)
+        frozen = fxamp.convert(model, dtype=BF16).freeze()
+        frozen.load_state_dict(model.state_dict(), assign=True)
+        with torch.autocast("cpu", BF16):
+            assert_same(frozen(x), model(x).detach())
+
+    def test_a_converted_module_inside_another_is_copied_with_its_tensors(self) -> None:
+        class Inner(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc, self.plain = nn.Linear(8, 8), torch.ones(8)
+                self.hidden = [nn.Linear(8, 8)]
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.fc(x) + self.plain + self.hidden[0].weight.sum()
+
+        inner, x = Inner(), torch.randn(3, 8)
+        amp = fxamp.convert(nn.Sequential(fxamp.convert(inner, dtype=BF16), nn.Linear(8, 8)), dtype=BF16).eval()
+        frozen = amp.freeze()
+        before = frozen(x)
+        assert_same(before, amp(x).detach())
+        with torch.no_grad():
+            for tensor in (inner.plain, inner.fc.weight, inner.hidden[0].weight):
+                tensor.mul_(2)
+        assert_same(frozen(x), before)
+        frozen.load_state_dict(frozen.state_dict())
+        assert_same(frozen(x), before)
+
+    def test_a_buffer_may_be_called_as_constants_are(self) -> None:
+        class Named(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = nn.Linear(8, 8)
+                self.register_buffer("_constant_0", torch.ones(8))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.fc(x) + self._constant_0 + outside
+
+        model, x, outside = Named(), torch.randn(3, 8), torch.full((8,), 2.0)
+        with torch.autocast("cpu", BF16):
+            expected = model(x)
+        assert_same(fxamp.convert(model, dtype=BF16)(x), expected)
+
+    def test_a_value_that_came_with_a_hook_is_followed_back(self) -> None:
+        amp, x = fxamp.convert(nn.Sequential(Extra(), nn.Linear(8, 8)), dtype=BF16), torch.randn(3, 8)
+        before, state = amp(x), copy.deepcopy(amp.state_dict())
+        amp.get_submodule("0").scale = 5.0
+        amp.get_submodule("1").register_forward_hook(lambda module, args, output: output * 1)
+        assert not torch.equal(amp(x), before), "traced anew"
+        amp.load_state_dict(state)
+        assert_same(amp(x), before)

@@ -17,7 +17,7 @@ def map_leaves(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
         return function(value)
     if isinstance(value, tuple):
         items = [map_leaves(item, kind, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return tuple.__new__(type(value), items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
         return [map_leaves(item, kind, function) for item in value]
     if isinstance(value, dict):

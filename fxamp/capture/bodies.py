@@ -7,6 +7,7 @@ into them makes every call inside visible.
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 from collections.abc import Callable
@@ -57,6 +58,8 @@ def _dispatch(branches: dict[str, Any], chosen: dict[bool, Any], *args: Any, **k
 def _without_question(function: FunctionType) -> Callable[..., Any] | None:
     if not function.__module__.startswith("torch.") or not set(_QUESTIONS) & set(function.__code__.co_names):
         return None
+    if any(instruction.opname == "STORE_ATTR" for instruction in dis.get_instructions(function)):
+        return None  # it sets something up, as register_hook does, and is no arithmetic
     space = {**function.__globals__, **dict.fromkeys(_QUESTIONS, _handles_nothing)}
     body = FunctionType(function.__code__, space, function.__name__, function.__defaults__, function.__closure__)
     body.__kwdefaults__ = function.__kwdefaults__

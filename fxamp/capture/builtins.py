@@ -23,7 +23,7 @@ from torch.fx.proxy import TraceError
 
 from fxamp.capture.source import is_library
 
-__all__ = ["known_kind", "shadowed_builtins", "shadowed_numbers"]
+__all__ = ["known_kind", "shadowed_builtins", "shadowed_numbers", "standing_for", "unpatched"]
 
 # Code of torch's that is traced into.
 _TRACED: Final = tuple(
@@ -50,6 +50,9 @@ def _asked_by_user() -> bool:
 def _isinstance(value: Any, kinds: Any) -> bool:
     if not _plain_isinstance(value, fx.Proxy) or not _asked_by_user():
         return _plain_isinstance(value, kinds)
+    real = value.__dict__.get("_tensor")
+    if real is not None:
+        return _plain_isinstance(real, kinds)  # a parameter may be asked whether it is one
     known = _known_kind(value)
     flat = kinds if _plain_isinstance(kinds, tuple) else (kinds,)
     return any(_plain_isinstance(kind, type) and issubclass(known, kind) for kind in flat)
@@ -58,10 +61,29 @@ def _isinstance(value: Any, kinds: Any) -> bool:
 def _hasattr(value: Any, name: str) -> bool:
     if not _plain_isinstance(value, fx.Proxy) or not _asked_by_user():
         return _plain_hasattr(value, name)
+    real = value.__dict__.get("_tensor")
+    if real is not None:
+        return _plain_hasattr(type(real), name) or _plain_hasattr(real, name)
     return _plain_hasattr(_known_kind(value), name)
 
 
 _plain_hasattr = builtins.hasattr
+_STANDS_FOR: Final = "__fxamp_stands_for__"
+
+
+def standing_for(function: Any, patch: Any) -> Callable[..., Any]:
+    """The patch, marked so that ``unpatched`` finds what it is in the place of."""
+    setattr(patch, _STANDS_FOR, function)
+    return patch  # type: ignore[no-any-return]
+
+
+def unpatched(value: Any) -> Any:
+    """What a value is while nothing is traced."""
+    return getattr(value, _STANDS_FOR, value)
+
+
+standing_for(_plain_isinstance, _isinstance)
+standing_for(_plain_hasattr, _hasattr)
 
 
 def _known_kind(value: fx.Proxy) -> type:
@@ -125,7 +147,7 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         return proxy.tracer.create_proxy("call_function", function, args, kwargs)
 
-    return call
+    return standing_for(function, call)
 
 
 def _shadow_len() -> Callable[..., Any]:
@@ -136,7 +158,7 @@ def _shadow_len() -> Callable[..., Any]:
             return value.tracer.create_proxy("call_function", length, (value,), {})
         return length(value)
 
-    return call
+    return standing_for(length, call)
 
 
 class _NumberKind(type):
@@ -161,11 +183,11 @@ class _NumberKind(type):
 
 
 class _Int(int, metaclass=_NumberKind):
-    plain = int
+    plain = __fxamp_stands_for__ = int
 
 
 class _Float(float, metaclass=_NumberKind):
-    plain = float
+    plain = __fxamp_stands_for__ = float
 
 
 @contextmanager

@@ -11,16 +11,19 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 
-from fxamp.errors import CaptureError
+from fxamp.errors import CaptureError, describe
 
 __all__ = [
     "CALL_HOOKS",
     "MODE_CALLS",
     "AutogradFunctionCall",
+    "ScriptedCall",
     "assign",
+    "calls_itself",
     "enter_inference_mode",
     "exit_inference_mode",
     "expect",
+    "expect_none",
     "forked_states",
     "get_rng_state",
     "has_hooks",
@@ -28,7 +31,6 @@ __all__ = [
     "manual_seed",
     "restore_states",
     "set_rng_state",
-    "unsorted_indices",
 ]
 
 
@@ -38,6 +40,11 @@ CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backw
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks of the user's."""
     return any(getattr(module, name, None) for name in CALL_HOOKS)
+
+
+def calls_itself(module: nn.Module) -> bool:
+    """Whether the class of a module has a ``__call__`` of its own, which may do more than ``forward``."""
+    return type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,23 @@ class AutogradFunctionCall:
 
     def __call__(self, *args: Any) -> Any:
         return self.function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class ScriptedCall:
+    """Calls a function that ``torch.jit.script`` made."""
+
+    function: Any
+
+    @property
+    def __name__(self) -> str:
+        return str(self.function.name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> ScriptedCall:
+        return self  # there is no copy of the function
 
 
 @fx.node.has_side_effect
@@ -94,12 +118,6 @@ def restore_states(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
         torch.cuda.set_rng_state_all(states[1])
 
 
-def unsorted_indices(sequence: Any) -> torch.Tensor:
-    """The order that a packed sequence was given in, also where it was sorted already and torch keeps None."""
-    indices: torch.Tensor | None = sequence.unsorted_indices
-    return torch.arange(int(sequence.batch_sizes[0]), device=sequence.data.device) if indices is None else indices
-
-
 _inference_modes: list[Any] = []
 
 
@@ -139,12 +157,28 @@ def expect(value: Any, expected: Any, where: str) -> None:
         )
 
 
+@fx.node.has_side_effect
+def expect_none(value: Any, expected: bool, where: str) -> None:
+    """Checks that a value is None or is not, as it was while tracing.
+
+    Raises:
+        CaptureError: when it is the other, so that this call may have gone another way.
+    """
+    if (value is None) is not expected:
+        raise CaptureError(
+            f"this call goes another way through the model: at {where} the graph was made for "
+            f"{'None' if expected else 'a value'}, found {describe(value)}",
+            hint="convert with example_inputs of this kind, or put what asks for it into that submodule",
+        )
+
+
 MODE_CALLS: Final = frozenset(
     {
         assign,
         enter_inference_mode,
         exit_inference_mode,
         expect,
+        expect_none,
         forked_states,
         restore_states,
         torch._assert,

@@ -14,18 +14,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.jit._recursive import wrap_cpp_module
 from torch.utils import _pytree as pytree
 
-__all__ = ["clone_tree", "clone_trees", "tensor_copies"]
-
-_SHARED = (torch.jit.ScriptModule,)
+__all__ = ["clone_tree", "clone_trees", "is_compiled", "tensor_copies"]
 
 
 def clone_tree(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares all tensors with ``model``.
 
     Modules and the plain lists, dicts and sets they hold are new; a module used twice stays one
-    module. The model is left as it is. Scripted modules cannot be copied so and stay shared.
+    module. The model is left as it is.
 
     Example::
 
@@ -55,12 +54,17 @@ def tensor_copies(modules: Iterable[nn.Module], *others: Any) -> dict[int, Any]:
     """Copies of the tensors that modules and containers keep, and of scripted modules, by identity of the original."""
     copies: dict[int, Any] = {}
     storages: dict[int, Any] = {}  # what shares memory does so in the copies
-    kept = [value for module in modules for value in (*vars(module).values(), module)]
-    for value in pytree.tree_leaves([kept, *map(list, others)]):
-        if isinstance(value, torch.Tensor) and id(value) not in copies:
+    values, seen = pytree.tree_leaves([list(modules), *map(list, others)]), set()
+    for value in values:
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
             copies[id(value)] = copy.deepcopy(value if value.is_leaf else value.detach(), storages)
         elif isinstance(value, torch.jit.ScriptModule):
             copies[id(value)] = copy.deepcopy(value, storages)
+        elif isinstance(value, nn.Module):
+            values.extend(pytree.tree_leaves(list(vars(value).values())))
     return copies
 
 
@@ -68,7 +72,9 @@ def _clone(value: Any, memo: dict[int, Any]) -> Any:
     known = memo.get(id(value))
     if known is not None:
         return known
-    if isinstance(value, nn.Module) and not isinstance(value, _SHARED):
+    if isinstance(value, torch.jit.ScriptModule):
+        return _clone_scripted(value, memo)
+    if isinstance(value, nn.Module):
         return _clone_module(value, memo)
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
         return MethodType(value.__func__, _clone(value.__self__, memo))
@@ -87,9 +93,37 @@ def _clone(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _clone_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    own_way = getattr(type(module), "__fxamp_clone__", None)
+    if own_way is not None:
+        return own_way(module, memo, _clone)  # type: ignore[no-any-return]
+    if is_compiled(module):
+        memo[id(module)] = compiled = type(module)(_clone(module._orig_mod, memo), module.dynamo_ctx)
+        return compiled
     new: nn.Module = object.__new__(type(module))
     memo[id(module)] = new
     new.__dict__.update({name: _clone(value, memo) for name, value in module.__dict__.items()})
+    return new
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether ``torch.compile`` made a module of another one."""
+    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in getattr(module, "_modules", ())
+
+
+def _clone_scripted(module: Any, memo: dict[int, Any]) -> nn.Module:
+    """A scripted module with attributes of its own, such as the mode; its tensors are shared."""
+    new: nn.Module = wrap_cpp_module(_clone_cpp(module._c))  # type: ignore[no-untyped-call]
+    memo.update({id(old): copied for old, copied in zip(module.modules(), new.modules(), strict=True)})
+    for name, value in module.__dict__.items():  # such as __len__ of a container
+        if name not in new.__dict__ and not isinstance(value, torch._C.ScriptMethod):
+            new.__dict__[name] = _clone(value, memo)
+    return new
+
+
+def _clone_cpp(module: Any) -> Any:
+    new = module.__copy__()
+    for name, child in torch._C.ModuleDict(module).items():
+        new.setattr(name, _clone_cpp(child))
     return new
 
 

@@ -9,12 +9,16 @@ Integration and LossNLL have it). One that asks for a dimension or a size can be
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any, Final
 
 import torch
+from torch import fx
 from torch.nn import _reduction as _Reduction
 
-__all__ = ["COMPOSED"]
+from fxamp.policy.einsum import einsum_call
+
+__all__ = ["composed"]
 
 
 def _cross_entropy(
@@ -53,6 +57,19 @@ def _cross_entropy(
     return (1 - label_smoothing) * loss + smooth * share
 
 
+def _cross_entropy_loss(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Any:
+    """As the operator itself takes it."""
+    how = {_Reduction.get_enum(word): word for word in ("none", "mean", "sum")}[reduction]
+    return _cross_entropy(input, target, weight, None, ignore_index, None, how, label_smoothing)
+
+
 def _of_probabilities(
     logs: Any, target: Any, weight: Any, dim: int, reduction: str, label_smoothing: float, share: Any
 ) -> Any:
@@ -70,6 +87,20 @@ def _cumulative_trapezoid(y: Any, x: Any = None, *, dx: float = 1, dim: int = -1
     if x is None:
         return (dx / 2.0 * (left + right)).cumsum(dim)
     return ((left + right) * _steps(x, y, dim)).cumsum(dim) / 2.0
+
+
+def _einsum(equation: Any, *operands: Any) -> Any:
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str):
+        raise NotImplementedError("labels as numbers")
+    tracer: Any = next(operand.tracer for operand in operands if isinstance(operand, fx.Proxy))
+    shapes = [tracer.shape_of(operand) for operand in operands] if len(operands) > 1 else [()]
+    found = None if None in shapes else einsum_call(equation, shapes)
+    if found is None:
+        raise NotImplementedError("more than one product, or sizes that are not known")
+    call, rest = found
+    return tracer.create_proxy("call_function", call, (equation, *operands, *rest), {})
 
 
 def _inner(input: Any, other: Any) -> Any:
@@ -168,9 +199,17 @@ def _product(sizes: Sequence[Any]) -> Any:
     return total
 
 
-COMPOSED: Final[Mapping[str, Callable[..., Any]]] = {
+def composed(aten: str, target: Any) -> Callable[..., Any] | None:
+    """What to trace in place of a call of this operator, made through ``target``; None when it is not taken apart."""
+    if aten == "cross_entropy_loss" and not isinstance(target, FunctionType):
+        return _cross_entropy_loss
+    return _COMPOSED.get(aten)
+
+
+_COMPOSED: Final[Mapping[str, Callable[..., Any]]] = {
     "cross_entropy_loss": _cross_entropy,
     "cumulative_trapezoid": _cumulative_trapezoid,
+    "einsum": _einsum,
     "inner": _inner,
     "linalg_matrix_power": _matrix_power,
     "matrix_power": _matrix_power,

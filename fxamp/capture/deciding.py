@@ -9,16 +9,20 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.proxy import TraceError
 
-from fxamp.capture.calls import expect
+from fxamp.capture.absent import is_dropped
+from fxamp.capture.calls import expect, expect_none
 from fxamp.capture.facts import UNTOLD, Facts
 from fxamp.capture.guards import guard_at
+from fxamp.capture.proxy import MAY_BE_NONE
+from fxamp.capture.regions import RegionRecorder
+from fxamp.capture.setting import GradMode, Setting
 from fxamp.capture.source import calling_frame, spelled_line, user_frame
 
 __all__ = ["DecidingTracer"]
@@ -29,16 +33,62 @@ _length = len  # while a model is traced, the builtin is another one
 class DecidingTracer(fx.Tracer):
     """A tracer that answers what Python asks of traced values.
 
+    Attributes:
+        asked: what was asked of the model's own tensors: path and attribute, to the answer.
+
     Args:
         facts: what example inputs tell.
+        setting: what surrounds the trace.
+        of_parameters: makes what is known without any, from the parameters alone.
     """
 
-    def __init__(self, facts: Facts | None) -> None:
+    def __init__(self, facts: Facts | None, setting: Setting, of_parameters: Callable[[], Facts] | None = None) -> None:
         super().__init__(autowrap_modules=(math,))
         self.facts = facts
+        self.asked: dict[tuple[str, str], Any] = {}
+        self._make_of_parameters = of_parameters
+        self._of_parameters: Facts | None = None
+        self._setting = setting
+        self._regions = RegionRecorder(self._emit, setting.grad.inference, self._runs_the_model)
         self._bodies = 0  # of torch's functions, that are being traced into
         self._expected: dict[tuple[fx.Node, Any], fx.Node] = {}
         self._refused: list[str] = []
+
+    @property
+    def grad(self) -> tuple[()] | tuple[GradMode]:
+        """The grad mode of the trace, if that was asked for."""
+        return (self._setting.grad,) if self._regions.asked else ()
+
+    def answers(self) -> dict[Callable[..., Any], Callable[..., Any]]:
+        """What the model gets that asks torch for the grad mode, or switches autocast past its regions."""
+        return {
+            torch.clear_autocast_cache: self._regions.clear_autocast_cache,
+            torch.is_grad_enabled: self._regions.is_grad_enabled,
+            torch.is_inference_mode_enabled: self._regions.is_inference_mode_enabled,
+        }
+
+    def answer(self, tensor: torch.Tensor, attribute: str) -> Any:
+        """What the model asks of a parameter or buffer of its own; the graph is for this answer only."""
+        if attribute in MAY_BE_NONE:
+            raise self._refusal(f"reads .{attribute} of a tensor, which may be None at another call")
+        value = getattr(tensor, attribute)
+        path = self._path_of(tensor)
+        if path is not None:
+            self.asked[path, attribute] = value
+        return value
+
+    def _path_of(self, tensor: torch.Tensor) -> str | None:
+        raise NotImplementedError
+
+    def _runs_the_model(self) -> bool:
+        return not self._facts_run()
+
+    def _note_kinds(self, placeholders: Iterable[fx.Proxy]) -> None:
+        """Which placeholders are numbers, and which are objects that nothing is known of, if example inputs tell."""
+        for proxy in placeholders:
+            kind = self.facts.kind(proxy.node) if self.facts is not None else torch.Tensor
+            proxy.node.meta["number"] = kind in (int, float)
+            proxy.node.meta["object"] = kind not in (int, float, torch.Tensor)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         frame = calling_frame(sys._getframe(1))
@@ -61,9 +111,15 @@ class DecidingTracer(fx.Tracer):
             length = self.settled_length(obj)
         except TypeError as error:
             raise self._refusal("iterates over a tensor, or over a tuple whose length is not known") from error
-        of_tensor = self.facts is not None and self.facts.kind(obj.node) is torch.Tensor
+        of_tensor = any(facts.kind(obj.node) is torch.Tensor for facts in self._all_facts())
         parts = self._record_method("unbind", (obj,), {}) if of_tensor else obj
         return (parts[i] for i in range(length))  # type: ignore[index]
+
+    def shape_of(self, value: Any) -> tuple[int, ...] | None:
+        """The shape that a tensor has with the example inputs; whoever asks has to see to it that it counts later."""
+        if isinstance(value, torch.Tensor):
+            return tuple(value.shape)
+        return self.facts.shape(value.node) if self.facts is not None else None
 
     def settled_length(self, proxy: fx.Proxy) -> int:
         """How many parts a traced value has; the graph checks that it stays so.
@@ -71,7 +127,8 @@ class DecidingTracer(fx.Tracer):
         Raises:
             TypeError: when that is not told.
         """
-        length = self.facts.length(proxy.node) if self.facts is not None else None
+        lengths = (facts.length(proxy.node) for facts in self._all_facts())
+        length = next((found for found in lengths if found is not None), None)
         if length is None:
             raise TypeError("the length of a traced value is not known")
         self._expect(self._emit(_length, proxy), length)
@@ -88,8 +145,26 @@ class DecidingTracer(fx.Tracer):
             raise TypeError("a traced value cannot be interpreted as an integer")
         return self._expect(proxy, value)
 
+    def _all_facts(self) -> Iterator[Facts]:
+        if self.facts is not None:
+            yield self.facts
+        if self._of_parameters is None and self._make_of_parameters is not None:
+            self._of_parameters = self._make_of_parameters()
+        if self._of_parameters is not None:
+            yield self._of_parameters
+
+    @property
+    def told_dtypes(self) -> bool:
+        """Whether the trace went by the dtype of a value, which autocast may change."""
+        return any(facts.told_dtypes for facts in (self.facts, self._of_parameters) if facts is not None)
+
+    def _facts_run(self) -> bool:
+        """Whether what is called right now only finds out a fact."""
+        return any(facts is not None and facts.running for facts in (self.facts, self._of_parameters))
+
     def _told(self, proxy: fx.Proxy, *, sizes: bool = False) -> Any:
-        return UNTOLD if self.facts is None else self.facts.told(proxy.node, sizes=sizes)
+        values = (facts.told(proxy.node, sizes=sizes) for facts in self._all_facts())
+        return next((value for value in values if value is not UNTOLD), UNTOLD)
 
     def _expect(self, proxy: fx.Proxy, value: Any) -> Any:
         check = self._expected.get((proxy.node, value))
@@ -99,6 +174,15 @@ class DecidingTracer(fx.Tracer):
             made = self._emit(expect, proxy, value, spelled_line(frame))
             self._expected[proxy.node, value] = made.node
         return value
+
+    def _handed_out(self, proxy: fx.Proxy) -> Any:
+        """A value that may be None, as the program gets it; the graph checks that it stays so."""
+        frame = calling_frame(sys._getframe(1))
+        if is_dropped(frame):
+            return proxy
+        is_none = self.facts is not None and self.facts.kind(proxy.node) is type(None)
+        self._emit(expect_none, proxy, is_none, spelled_line(frame))
+        return None if is_none else proxy
 
     def _refusal(self, what: str) -> TraceError:
         self._refused.append(what)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from fxamp.capture.failures import name_of
 from fxamp.capture.signature import CallSignature, Layout
@@ -24,10 +23,10 @@ class Entry:
     def names(self) -> list[str]:
         names: list[str] = []
         for slot in self._layout:
-            if slot.kind == "value":
+            if slot.kind in ("value", "object"):
                 names.append(slot.name)
             elif slot.kind == "tree":
-                names.extend(f"{slot.name}_{i}" for i in range(slot.detail.num_leaves))
+                names.extend(f"{slot.name}_{i}" for i in range(slot.detail.count))
         return names
 
     def __call__(self, *proxies: Any) -> Any:
@@ -37,8 +36,7 @@ class Entry:
             if slot.kind == "constant":
                 values[slot.name] = slot.detail
             elif slot.kind == "tree":
-                leaves = [next(rest) for _ in range(slot.detail.num_leaves)]
-                values[slot.name] = pytree.tree_unflatten(leaves, slot.detail)
+                values[slot.name] = slot.detail.built(rest)
             else:
                 values[slot.name] = next(rest)
         args, kwargs, loss_kwargs = self._signature.split(values)

@@ -24,7 +24,10 @@ from fxamp.capture.clone import clone_tree
 from fxamp.capture.regions import AutocastState, autocast_as, state_of
 from fxamp.dtypes import is_castable
 
-__all__ = ["UNTOLD", "Facts", "run_on_fakes", "without_log"]
+# The question itself: a model's own is noted while it is traced.
+_is_grad_enabled = torch.is_grad_enabled
+
+__all__ = ["UNTOLD", "Facts", "gpu_is_away", "has_nested", "moved", "run_on_fakes", "without_log"]
 
 UNTOLD: Final = object()
 _length = len  # while a model is traced, the builtin is another one
@@ -104,6 +107,11 @@ class Facts:
             return UNTOLD
         return value
 
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """The shape of a node's value, or None when it is not told."""
+        value = self._value(node)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
     def length(self, node: fx.Node) -> int | None:
         """How many parts a tuple has, or a tensor when sizes are told; None when that is not known."""
         value = self._value(node)
@@ -128,7 +136,7 @@ class Facts:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """What runs now is no part of the model's program: nothing of it is to be recorded."""
-        grad_mode = torch.is_grad_enabled()
+        grad_mode = _is_grad_enabled()
         self.running = True
         try:
             with torch._C.DisableTorchFunction(), without_log():
@@ -207,7 +215,14 @@ class Facts:
         return name in _OF_DTYPES or any(source in self._typed for source in node.all_input_nodes)
 
     def _fake(self, value: Any) -> Any:
+        if has_nested(value):
+            return UNTOLD
         return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
+
+
+def has_nested(value: Any) -> bool:
+    """Whether there is a nested tensor in it: no fake one can be made of these."""
+    return any(isinstance(leaf, torch.Tensor) and leaf.is_nested for leaf in pytree.tree_leaves(value))
 
 
 def _is_structure(node: fx.Node, value: Any) -> bool:
@@ -231,7 +246,7 @@ def moved(value: Any, device: str) -> Any:
     def move(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
-    return pytree.tree_map_only(torch.Tensor, move, value)
+    return value if isinstance(value, torch.Size) else pytree.tree_map_only(torch.Tensor, move, value)
 
 
 def run_on_fakes(module: nn.Module, args: Any, kwargs: Mapping[str, Any], fake: Callable[[Any], Any]) -> Any:

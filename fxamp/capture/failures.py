@@ -5,26 +5,34 @@ from __future__ import annotations
 import linecache
 import os
 import traceback
+from functools import partial
+from types import BuiltinFunctionType
 from typing import Any
 
+import torch
 from torch.fx.proxy import TraceError
 
-from fxamp.capture.source import is_library
+from fxamp.capture.source import is_users
 from fxamp.errors import CaptureError
 
 __all__ = ["capture_error", "name_of"]
+
+_TRANSFORMS = ("_functorch", "_higher_order_ops")
 
 
 def capture_error(model: str, error: Exception) -> CaptureError:
     """The error for a trace of ``model`` that failed with ``error``, with the user's own line."""
     if isinstance(error, CaptureError):
         return error
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_library(f.filename)]
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in every if is_users(frame.filename)]
     where, line = model, "forward"
     if frames:
         where = f"{_qualified(error, model)} ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})"
         line = linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip().rstrip(":")
-    if isinstance(error, TraceError) and str(error).startswith("branches"):
+    if any(os.path.join("torch", part) + os.sep in frame.filename for frame in every for part in _TRANSFORMS):
+        what = f"`{line}` calls a function transform of torch's, which cannot be traced into"
+    elif isinstance(error, TraceError) and str(error).startswith("branches"):
         what = f"the branch `{line}` depends on a tensor value"
     else:
         what = f"`{line}` {error}" if isinstance(error, TraceError) else f"`{line}`: {error}"
@@ -38,7 +46,7 @@ def _qualified(error: Exception, model: str) -> str:
     found, trace = model, error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        if not is_library(code.co_filename):
+        if is_users(code.co_filename):
             owner = trace.tb_frame.f_locals.get("self")
             found = f"{type(owner).__name__}.{code.co_name}" if owner is not None else code.co_qualname
         trace = trace.tb_next
@@ -47,4 +55,8 @@ def _qualified(error: Exception, model: str) -> str:
 
 def name_of(function: Any) -> str:
     """What a user calls a function or a module."""
+    if isinstance(function, partial):
+        return name_of(function.func)
+    if isinstance(function, BuiltinFunctionType):
+        return torch.overrides.resolve_name(function) or function.__name__
     return getattr(function, "__qualname__", None) or type(function).__qualname__

@@ -7,10 +7,13 @@ its patches when it ends.
 
 from __future__ import annotations
 
+import importlib
 import random
-import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import CellType, FunctionType
 from typing import Any, Final
 from unittest import mock
 
@@ -21,23 +24,28 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _device
 from torch.utils import _pytree as pytree
 
+from fxamp.capture.builtins import standing_for
 from fxamp.capture.calls import (
     AutogradFunctionCall,
+    ScriptedCall,
     forked_states,
     get_rng_state,
     manual_seed,
     restore_states,
     set_rng_state,
 )
+from fxamp.capture.proxy import MAY_BE_NONE
 
 __all__ = [
     "autograd_functions",
     "check_random_state",
-    "modules_watched",
+    "compiled_functions",
+    "mode_of",
     "python_state",
     "random_calls",
     "random_state",
     "refusals",
+    "set_mode",
     "tensor_calls",
 ]
 
@@ -46,13 +54,16 @@ Record = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 @contextmanager
 def tensor_calls(
-    record: Record, record_method: Callable[[str, tuple[Any, ...], dict[str, Any]], Any]
+    record: Record,
+    record_method: Callable[[str, tuple[Any, ...], dict[str, Any]], Any],
+    answer: Callable[[torch.Tensor, str], Any],
 ) -> Iterator[None]:
     """Records what torch.fx would compute now and freeze: tensors made from nothing, and work on real tensors.
 
     Args:
         record: called with a function of torch and its arguments.
         record_method: called with the name of a method or attribute of a tensor and the arguments.
+        answer: called with a real tensor and the name of an attribute that may be another one at a later call.
     """
     made = _device._device_constructors() | {torch.normal}
 
@@ -61,7 +72,7 @@ def tensor_calls(
         def call(*args: Any, **kwargs: Any) -> Any:
             return record(factory, args, kwargs) if _has_proxy(args, kwargs) else factory(*args, **kwargs)
 
-        return call
+        return standing_for(factory, call)
 
     class Recording(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,6 +82,9 @@ def tensor_calls(
             name = getattr(func, "__name__", "")
             if name == "__get__":  # an attribute, such as ``p.data``
                 attribute = func.__self__.__name__
+                if attribute in _CHANGING:
+                    with torch._C.DisableTorchFunctionSubclass():
+                        return answer(args[0], attribute)
                 return record(getattr, (args[0], attribute), {}) if attribute in _VIEWS else func(*args)
             if name in ("__set__", "__delete__"):
                 raise TraceError(f"sets the attribute '{func.__self__.__name__}' of a tensor")
@@ -92,7 +106,22 @@ _FACTS: Final = frozenset(
     "is_signed get_device is_pinned is_inference has_names __len__ __hash__ __repr__ __format__ is_same_size "
     "__deepcopy__ __reduce_ex__ untyped_storage data_ptr __setstate__".split()
 )
-_VIEWS: Final = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad"})
+_VIEWS: Final = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
+_CHANGING: Final = frozenset({"requires_grad", "is_leaf", "dtype", "device", *MAY_BE_NONE})
+
+
+@contextmanager
+def compiled_functions(record: Record) -> Iterator[None]:
+    """Records a call of what ``torch.jit.script`` made of a function: there is no Python in it to trace."""
+    call: Any = torch.jit.ScriptFunction.__call__
+
+    def call_scripted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if _has_proxy(args, kwargs):
+            return record(ScriptedCall(function), args, kwargs)
+        return call(function, *args, **kwargs)
+
+    with mock.patch.object(torch.jit.ScriptFunction, "__call__", call_scripted):
+        yield
 
 
 @contextmanager
@@ -109,40 +138,20 @@ def autograd_functions(record: Record) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def modules_watched(
-    paths: Mapping[int, str],
-    read_training: Callable[[str, bool], None],
-    set_attribute: Callable[[nn.Module, str, Any], None],
-) -> Iterator[None]:
-    """Tells when a module's ``training`` is read and when an attribute of it is set.
+def mode_of(module: nn.Module) -> bool:
+    """The ``training`` flag; a scripted module keeps it elsewhere, or has none once it is frozen."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return bool(module.__dict__.get("training", False))
+    compiled = module._c
+    return bool(compiled.hasattr("training") and compiled.getattr("training"))
 
-    Args:
-        paths: identity of each module that counts, to its path.
-        read_training: called with the path and the flag.
-        set_attribute: called in place of the assignment.
-    """
-    set_module = nn.Module.__setattr__
 
-    def set_watched(module: nn.Module, name: str, value: Any) -> None:
-        (set_attribute if id(module) in paths else set_module)(module, name, value)
-
-    def training(module: nn.Module) -> bool:
-        flag = bool(module.__dict__["training"])
-        if id(module) in paths:
-            read_training(paths[id(module)], flag)
-        return flag
-
-    def set_training(module: nn.Module, flag: bool) -> None:
-        if id(module) in paths and module.__dict__.get("training") is not flag:
-            raise TraceError("switches the mode of a module")
+def set_mode(module: nn.Module, flag: bool) -> None:
+    """Sets the ``training`` flag of one module, and nothing else."""
+    if not isinstance(module, torch.jit.ScriptModule):
         module.__dict__["training"] = flag
-
-    with (
-        mock.patch.object(nn.Module, "training", property(training, set_training), create=True),
-        mock.patch.object(nn.Module, "__setattr__", set_watched),
-    ):
-        yield
+    elif module._c.hasattr("training"):
+        module._c.setattr("training", flag)
 
 
 @contextmanager
@@ -181,24 +190,47 @@ def random_calls(record: Record) -> Iterator[None]:
             if enabled:
                 record(restore_states, (states,), {})
 
+    plain = torch.Generator
+
+    class Recorded(type):
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            return record(plain, args, kwargs)
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, plain)
+
+    class Generator(metaclass=Recorded):
+        """``torch.Generator``: one that a forward makes is made at every call."""
+
+        __fxamp_stands_for__ = plain
+
     recorded: Any = {call.__name__: recording(call) for call in (get_rng_state, manual_seed, set_rng_state)}
-    with mock.patch.multiple(torch, **recorded), mock.patch.multiple(torch.random, fork_rng=fork, **recorded):
+    with (
+        mock.patch.multiple(torch, Generator=Generator, **recorded),
+        mock.patch.multiple(torch.random, fork_rng=fork, **recorded),
+    ):
         yield
 
 
 def random_state() -> tuple[Any, ...]:
     """The states of Python's and numpy's random numbers."""
-    numpy = sys.modules.get("numpy.random")
+    try:
+        numpy = importlib.import_module("numpy.random")  # now, for fake tensors would do it while a model is traced
+    except ImportError:
+        numpy = None
     state = numpy.get_state() if numpy is not None else ()
     return random.getstate(), tuple(part if isinstance(part, str | int | float) else part.tobytes() for part in state)
 
 
-def python_state(module: nn.Module) -> Any:
-    """What a module keeps in Python containers and plain objects, in a form that can be compared."""
-    own = {name: value for name, value in module.__dict__.items() if name not in _MODULE_STATE}
-    return {
-        name: _comparable(value, 3) for name, value in own.items() if isinstance(value, _CONTAINERS) or _is_plain(value)
-    }
+def python_state(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps by each name, in a form that can be compared; a scripted one is not traced into."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return {}
+    tables = ("_parameters", "_buffers", "_modules")
+    own = {name: value for name, value in module.__dict__.items() if name not in (*tables, "training")}
+    for table in tables:
+        own.update(module.__dict__[table])
+    return {name: _comparable(value, 3) for name, value in own.items()}
 
 
 def check_random_state(before: tuple[Any, ...]) -> None:
@@ -216,8 +248,16 @@ def check_random_state(before: tuple[Any, ...]) -> None:
     raise TraceError("draws from Python's random module, which a graph would freeze")
 
 
-_CONTAINERS: Final = (list, dict, set)
-_MODULE_STATE: Final = frozenset(nn.Module().__dict__)
+@dataclass(frozen=True, eq=False)
+class _Itself:
+    """An object that is compared by identity. It is kept, so that no other gets its address."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+    __hash__ = object.__hash__
 
 
 def _is_plain(value: Any) -> bool:
@@ -230,14 +270,25 @@ def _is_plain(value: Any) -> bool:
 
 def _comparable(value: Any, depth: int) -> Any:
     if isinstance(value, bool | int | float | str):
-        return value
+        return type(value), value
     if depth == 0:
-        return id(value)
+        return _Itself(value)
     if isinstance(value, dict):
         return [(repr(key), _comparable(item, depth - 1)) for key, item in value.items()]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple | deque):
         return [_comparable(item, depth - 1) for item in value]
-    return _comparable(value.__dict__, depth - 1) if _is_plain(value) else id(value)
+    if isinstance(value, set):
+        return {id(item) for item in value}
+    if isinstance(value, FunctionType):
+        return [_comparable(_contents(cell), depth - 1) for cell in value.__closure__ or ()], _Itself(value)
+    return _comparable(value.__dict__, depth - 1) if _is_plain(value) else _Itself(value)
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return None
 
 
 def _has_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

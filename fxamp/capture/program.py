@@ -7,18 +7,15 @@ trace runs on a throw-away clone, so nothing a forward does to ``self`` stays.
 from __future__ import annotations
 
 import copy
-import inspect
 import pickle
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.fx.proxy import TraceError
 
 from fxamp.capture.calls import has_hooks
@@ -26,48 +23,26 @@ from fxamp.capture.clone import clone_trees
 from fxamp.capture.entry import Entry
 from fxamp.capture.facts import Facts
 from fxamp.capture.failures import capture_error, name_of
-from fxamp.capture.members import find
-from fxamp.capture.patches import python_state
+from fxamp.capture.holder import adopt, bound_to, entry_of, holder_of, unowned
+from fxamp.capture.members import find, member
+from fxamp.capture.outside import Outside
+from fxamp.capture.patches import mode_of, python_state
+from fxamp.capture.setting import Setting, Traced, grad_mode_as
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.capture.surroundings import (
-    Ambient,
     autocast_answers,
-    caches_emptied,
     changed_modules,
     check_root,
     modes,
-    purged,
+    put_back,
 )
 from fxamp.capture.tracer import THIS, WHOLE, AmpTracer
 from fxamp.errors import CaptureError
 
 __all__ = ["Program", "Traced"]
 
+_KEPT = ("_function", "_loss", "_holder", "_loss_module", "_bound", "signature")  # the user's, in a copy too
 _NUMBER = re.compile(r"(int|float)\(\) argument must be|a traced value cannot be")
-
-
-@dataclass(frozen=True)
-class Traced:
-    """One graph of a program.
-
-    Attributes:
-        graph: calls of torch functions, methods and leaf modules; no casts of ours.
-        layout: which arguments its placeholders stand for.
-        untraceable: module path to why it stayed a call.
-        modes: path and ``training`` flag of every module whose flag was read.
-        ambient: device type and dtype of the autocast that it was traced for (None: of none), in a tuple; empty when
-            that made no difference.
-    """
-
-    graph: fx.Graph
-    layout: Layout
-    untraceable: Mapping[str, str] = field(default_factory=dict)
-    modes: Mapping[str, bool] = field(default_factory=dict)
-    ambient: tuple[()] | tuple[Ambient] = ()
-
-    def serves(self, flags: Mapping[str, bool], ambient: Ambient) -> bool:
-        """Whether it is also the graph for modules in these modes, under this autocast."""
-        return self.ambient in ((), (ambient,)) and all(flags.get(path) == flag for path, flag in self.modes.items())
 
 
 class Program:
@@ -76,7 +51,7 @@ class Program:
     Attributes:
         tree: the modules of the model; ``loss_tree`` those of a loss that is a module, else None.
         loss_path: the name that the loss has beside the model's submodules; "" when it is no module.
-        extras: tensors that no module owns and a graph reads, by the name it reads them under.
+        extras: tensors and objects that no module owns and a graph reads, by the name it reads them under.
 
     Args:
         model: a module, a method of a module, or any callable of tensors. It is left as it is.
@@ -87,46 +62,72 @@ class Program:
     """
 
     def __init__(self, model: Callable[..., Any], loss: Callable[..., Any] | None = None) -> None:
-        self.signature = CallSignature.of(model, loss)
         self.name = name_of(model)
-        owner = _owning_module(model)
-        self._method = model.__name__ if isinstance(model, MethodType) else "forward"
-        self._function = None if owner is not None else model
-        self._holder = owner if owner is not None else _holder(model)
-        self.extras: dict[str, torch.Tensor] = {}
-        loss_module = loss if isinstance(loss, nn.Module) else None
-        self.tree, self.loss_tree = clone_trees(self._holder, loss_module)
-        self.loss_path = "" if loss_module is None else _free_name(self.tree, "loss")
-        self._loss = loss if loss_module is None else None
-        if loss is not None and has_hooks(self.tree):
+        entry = entry_of(model)
+        self._method, self._bound = (entry.method, entry.bound) if entry is not None else ("forward", None)
+        self._function = None if entry is not None else model
+        self._holder = entry.owner if entry is not None else holder_of(model)
+        self.signature = CallSignature.of(model if entry is None else entry.signed(), loss)
+        self.extras: dict[str, Any] = {}
+        self._loss_module = loss if isinstance(loss, nn.Module) else None
+        self._loss = loss if self._loss_module is None else None
+        self.has_loss = loss is not None
+        self.adopted, self._settled = 0, False
+        self._strangers: list[Any] = []
+        self._make_trees()
+        self._check_hooks()
+
+    def _make_trees(self) -> None:
+        self.tree, self.loss_tree = clone_trees(self._holder, self._loss_module)
+        self.loss_path = "" if self._loss_module is None else _free_name(self.tree, "loss")
+        self._top = self._top_modules()
+
+    def _check_hooks(self) -> None:
+        if has_hooks(self.tree) and (self.has_loss or self._method == "__call__"):
+            what = "a loss converted with it" if self.has_loss else "a graph of its own __call__"
             raise CaptureError(
-                f"{self.name} has hooks, which a loss converted with it would not see",
+                f"{self.name} has hooks, which {what} would not see",
                 hint="register them on a submodule, or put the model into a module of its own",
             )
-        self.has_loss = loss is not None
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a call of the model is one that its own hooks see."""
+        return self._method == "forward" and not self.has_loss
+
+    def settle(self) -> None:
+        """What the model owns is known: nothing more is adopted."""
+        self._settled = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what cannot be pickled: a lambda is lost, and with it only the tracing of new calls."""
         functions = {name: _picklable(getattr(self, name)) for name in ("_function", "_loss")}
-        return {**self.__dict__, **functions, "_holder": nn.Module()}
+        return {**self.__dict__, **functions, "_holder": nn.Module(), "_loss_module": None, "_strangers": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         new = object.__new__(Program)
-        kept = {name: self.__dict__[name] for name in ("_function", "_loss", "_holder", "signature")}
+        kept = {name: self.__dict__[name] for name in _KEPT}
         rest = {name: value for name, value in self.__dict__.items() if name not in kept}
         new.__dict__.update(kept, **copy.deepcopy(rest, memo))
         return new
 
     @property
     def whole(self) -> nn.Module:
-        """A module with the submodules of the model and of the loss, over the same tensors."""
+        """A module with the submodules of the model and of the loss, over the same tensors and in the same tables."""
         view = nn.Module()
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
             view.__dict__[name] = self.tree.__dict__[name]
-        view.__dict__["_modules"] = dict(self.tree._modules)
-        if self.loss_path:
-            view._modules[self.loss_path] = self.loss_tree
+        view.__dict__["_modules"] = self._top
         return view
+
+    def _top_modules(self) -> dict[str, nn.Module | None]:
+        own = self.tree._modules
+        return {**own, self.loss_path: self.loss_tree} if self.loss_path else own
+
+    @property
+    def original(self) -> nn.Module:
+        """The model as the user has it; an empty module for a program that was unpickled."""
+        return self._holder
 
     @property
     def is_function(self) -> bool:
@@ -135,20 +136,31 @@ class Program:
 
     def attribute(self, path: str) -> Any:
         """The parameter, buffer, tensor or module that a graph reads under this name."""
+        return self.reader(path)()
+
+    def reader(self, path: str) -> Callable[[], Any]:
+        """A function that gives what ``attribute`` gives, now and later."""
         if path in self.extras:
-            return self.extras[path]
-        if path in (THIS, WHOLE):
-            return self.tree
+            return partial(self.extras.__getitem__, path)
+        if path in (THIS, WHOLE, ""):
+            return lambda: self.tree
+        owner, _, name = path.rpartition(".")
         in_loss = bool(self.loss_path) and path.partition(".")[0] == self.loss_path
-        return find(self.whole if in_loss else self.tree, path)
+        return partial(member, find(self.whole if in_loss else self.tree, owner), name)
 
     def flags(self, mode: str) -> dict[str, bool]:
         """Module path to ``training`` flag in "train", "eval" or "as_is", as the model's own ``train`` sets it."""
         tree, loss_tree = clone_trees(self.tree, self.loss_tree)
         for module in (tree, loss_tree):
             if module is not None and mode != "as_is":
-                module.train(mode == "train")
-        return {path: module.training for path, module in _paths(tree, loss_tree, self.loss_path).items()}
+                with suppress(NotImplementedError):  # an exported model has one mode
+                    module.train(mode == "train")
+        return {path: mode_of(module) for path, module in _paths(tree, loss_tree, self.loss_path).items()}
+
+    def become(self, clone: Callable[[Any], Any]) -> None:
+        """Goes over to what ``clone`` makes of its modules."""
+        self.tree, self.loss_tree, self._top = clone(self.tree), clone(self.loss_tree), clone(self._top)
+        self.extras = {name: clone(value) for name, value in self.extras.items()}
 
     def shared(self, copies: Mapping[int, Any] | None = None) -> Program:
         """A program of its own module tree over the same tensors, or over the copies that are given for them."""
@@ -156,21 +168,20 @@ class Program:
         tree, loss_tree = clone_trees(self.tree, self.loss_tree, known)
         extras = {name: known.get(id(value), value) for name, value in self.extras.items()}
         new.__dict__.update(self.__dict__, tree=tree, loss_tree=loss_tree, extras=extras)
+        new._top = new._top_modules()
         return new
 
     def trace(
         self,
         layout: Layout,
-        training: Mapping[str, bool],
-        ambient: Ambient = None,
+        setting: Setting,
         examples: list[Any] | None = None,
     ) -> Traced:
         """The graph of one call.
 
         Args:
             layout: which arguments are placeholders.
-            training: module path to the ``training`` flag it is traced with.
-            ambient: the device type and dtype that ``torch.is_autocast_enabled`` and the like shall answer with.
+            setting: what shall surround it: for whoever asks for the modes of modules, autocast and the grad mode.
             examples: the values of the placeholders. They decide branches on the number of dimensions, and on sizes
                 too when the model cannot be traced without.
 
@@ -178,28 +189,31 @@ class Program:
             CaptureError: when the model's or the loss's own code cannot be traced, with the user's line.
         """
         if examples is not None:
-            facts = partial(Facts, examples, self.attribute, ambient=ambient)
+            facts = partial(Facts, examples, self.attribute, ambient=setting.ambient)
             with suppress(CaptureError):
-                return self._trace(layout, training, ambient, partial(facts, sizes=False))
-            return self._trace(layout, training, ambient, partial(facts, sizes=True))
-        return self._trace(layout, training, ambient, lambda: None)
+                return self._trace(layout, setting, partial(facts, sizes=False))
+            return self._trace(layout, setting, partial(facts, sizes=True))
+        return self._trace(layout, setting, lambda: None)
 
     def _trace(
         self,
         layout: Layout,
-        training: Mapping[str, bool],
-        ambient: Ambient,
+        setting: Setting,
         facts: Callable[[], Facts | None],
     ) -> Traced:
         untraceable: dict[str, str] = {}
         numbers = False
         while True:
             try:
-                traced, changed = self._trace_once(layout, training, ambient, facts(), untraceable, numbers)
+                traced, changed = self._trace_once(layout, setting, facts(), untraceable, numbers)
             except CaptureError as error:
+                if self._adopts():
+                    continue
                 if numbers or not _NUMBER.match(str(error.__cause__)):
                     raise
                 numbers = True
+                continue
+            if self._adopts():
                 continue
             if not changed:
                 return traced
@@ -210,11 +224,27 @@ class Program:
                     raise capture_error(self.name, TraceError(reason))
                 untraceable[path] = reason
 
+    def _adopts(self) -> bool:
+        """Whether a callable turned out to reach modules that were not known to be its own: they are now."""
+        met, self._strangers = self._strangers, []
+        found = unowned(self._holder, self._function, met) if self._function is not None else {}
+        if not found:
+            return False
+        if self._settled:
+            raise CaptureError(
+                f"this call of {self.name} uses {', '.join(found)}, which no call before did",
+                hint="convert with example_inputs of such a call",
+            )
+        adopt(self._holder, found)
+        self.adopted += 1
+        self.extras.clear()
+        self._make_trees()
+        return True
+
     def _trace_once(
         self,
         layout: Layout,
-        training: Mapping[str, bool],
-        ambient: Ambient,
+        setting: Setting,
         facts: Facts | None,
         untraceable: Mapping[str, str],
         numbers: bool,
@@ -223,28 +253,37 @@ class Program:
         root, loss_tree = clone_trees(self.tree, self.loss_tree)
         if self._function is not None:
             root = self._holder  # a function calls the modules it closes over, so these cannot be clones
-        model = self._function or getattr(root, self._method)
+        model = self._function or bound_to(getattr(root, self._method), self._bound)
         entry = Entry(self.signature, layout, model, loss_tree or self._loss)
         modules = _paths(root, loss_tree, self.loss_path)
-        device_type = None if ambient is None else ambient[0]
-        tracer = AmpTracer(root, modules, entry, self.extras, untraceable, facts, device_type)
-        if _is_library(root) and self._method == "forward":
+        originals = _paths(self._holder, self._loss_module, self.loss_path)
+        of_parameters = partial(Facts, [], self.attribute, sizes=True, ambient=setting.ambient)
+        tracer = AmpTracer(root, modules, originals, entry, self.extras, untraceable, facts, setting, of_parameters)
+        self._strangers = tracer.strangers
+        if _is_library(root) and self._method == "forward" and self._bound is None:
             entry.model = tracer.call_whole
-        state = {path: python_state(module) for path, module in modules.items()}
+        state = [{path: python_state(module) for path, module in owner.items()} for owner in (modules, originals)]
         drawn = torch.get_rng_state()
-        with modes(modules, training), autocast_answers(ambient) as asked, caches_emptied(modules.values()):
+        outside = Outside(modules.values(), self._function)
+        with ExitStack() as stack:
+            stack.enter_context(put_back(originals))
+            stack.enter_context(modes(modules, setting.training))
+            stack.enter_context(grad_mode_as(setting.grad))
+            asked = stack.enter_context(autocast_answers(setting.ambient, outside))
+            stack.enter_context(outside.answering(tracer.answers()))
             try:
                 graph = tracer.run(entry.names(), numbers=numbers)
-                if purged(modules.values()):
-                    raise TraceError("keeps a traced value in a global or class variable")
-                changed = changed_modules(modules, state)
+                if left := outside.restore():
+                    raise TraceError(left)
+                changed = changed_modules(originals, state[1]) | changed_modules(modules, state[0])
                 check_root(changed, drawn)
             except Exception as error:
                 raise capture_error(self.name, error) from error
             finally:
+                outside.restore()
                 torch.set_rng_state(drawn)
-        matters = tracer.composed or bool(asked) or (facts is not None and facts.told_dtypes)
-        return Traced(graph, layout, tracer.untraceable, tracer.mode_readers, (ambient,) if matters else ()), changed
+        matters = tracer.composed or bool(asked) or tracer.told_dtypes
+        return tracer.traced(graph, layout, (setting.ambient,) if matters else ()), changed
 
 
 def _paths(root: nn.Module, loss: nn.Module | None, loss_path: str) -> dict[str, nn.Module]:
@@ -268,24 +307,6 @@ def _is_library(module: nn.Module) -> bool:
         nn.Module,
         *containers,
     )
-
-
-def _owning_module(model: Any) -> nn.Module | None:
-    owner = model.__self__ if isinstance(model, MethodType) else model
-    return owner if isinstance(owner, nn.Module) else None
-
-
-def _holder(function: Callable[..., Any]) -> nn.Module:
-    """A module that owns the modules and parameters a function closes over, under their names there."""
-    holder = nn.Module()
-    target = inspect.unwrap(getattr(function, "func", function))
-    if not inspect.isfunction(target):
-        return holder
-    variables = inspect.getclosurevars(target)
-    for name, value in {**variables.globals, **variables.nonlocals}.items():
-        if isinstance(value, nn.Module | nn.Parameter):
-            setattr(holder, name, value)
-    return holder
 
 
 def _picklable(function: Any) -> Any:

@@ -8,18 +8,23 @@ an attribute of a traced value is refused instead of lost.
 from __future__ import annotations
 
 import operator
-from typing import Any
+import sys
+from collections.abc import Iterator
+from typing import Any, Final
 
 import torch
 from torch import fx
 from torch.fx.proxy import Attribute, TraceError
 
 from fxamp.capture.builtins import known_kind
-from fxamp.capture.calls import unsorted_indices
+from fxamp.capture.packed import ORDERS, hands_on_at_once
+from fxamp.capture.source import user_frame
 
-__all__ = ["AmpAttribute", "AmpParameterProxy", "AmpProxy", "SettlingProxy"]
+__all__ = ["MAY_BE_NONE", "AmpAttribute", "AmpParameterProxy", "AmpProxy", "SettlingProxy"]
 
 _OWN = frozenset({"tracer", "node", "root", "attr", "_node", "_tensor"})
+# Attributes of a tensor that code asks whether they are None, which a trace cannot see.
+MAY_BE_NONE: Final = frozenset({"grad", "grad_fn", "_base", "_grad", "_grad_fn"})
 _REFLECTED = "radd rsub rmul rtruediv rfloordiv rmod rpow rmatmul rand ror rxor".split()
 _INPLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
 
@@ -28,17 +33,26 @@ class _Recorded(fx.Proxy):
     """What our proxies add to torch.fx's."""
 
     def __getattr__(self, name: str) -> Any:
-        if name == "unsorted_indices":  # torch asks whether it is None, which a trace cannot see
-            return self.tracer.create_proxy("call_function", unsorted_indices, (self,), {})
+        if name in ORDERS and not hands_on_at_once(user_frame(sys._getframe(1))):
+            raise TraceError(f"asks for the {name} of a packed sequence, which only a run tells")
+        if name in MAY_BE_NONE:
+            what = f"reads .{name} of a tensor, which may be None at another call"
+            raise self.tracer._refusal(what)  # type: ignore[attr-defined]
         kind = self._kind()
         if name.startswith("__array") or (kind is not None and not hasattr(kind, name)):
             raise AttributeError(name)  # numpy asks; it would take a traced value for an array
         attribute = (AmpAttribute if self.tracer.facts is None else SettlingAttribute)(self, name)  # type: ignore[attr-defined]
         if not callable(getattr(torch.Tensor, name, None)):
-            _ = attribute.node  # data, not a method: its value is taken here, not at the first use
+            # Data, not a method: its value is taken here, not at the first use.
+            value = self.tracer.create_proxy("call_function", getattr, (self, name), {})
+            if value is None:
+                return None
+            attribute._node = value.node
         return attribute
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_is_param":
+            raise TraceError("makes a parameter, which would be a new one at every call")
         if name not in _OWN:
             raise TraceError(f"sets the attribute '{name}' of a tensor")
         object.__setattr__(self, name, value)
@@ -52,6 +66,10 @@ class _Recorded(fx.Proxy):
         method = isinstance(self, AmpAttribute) and self._node is None
         kind = None if method else known_kind(self.node)
         return None if kind is torch.Tensor else kind
+
+    def __len__(self) -> int:
+        # Only C code asks, on its way to iterate: the builtin is another one while a model is traced.
+        return self.tracer.settled_length(self)  # type: ignore[attr-defined, no-any-return]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -106,9 +124,6 @@ class _Settling(_Recorded):
             raise TypeError("a traced value cannot be interpreted as an integer")
         return value
 
-    def __len__(self) -> int:
-        return self.tracer.settled_length(self)  # type: ignore[attr-defined, no-any-return]
-
 
 class SettlingProxy(_Settling, AmpProxy):
     """A traced value, when example inputs are given."""
@@ -126,21 +141,32 @@ class AmpParameterProxy(_Recorded):
         self._tensor = tensor
 
     @property
+    def requires_grad(self) -> Any:
+        if isinstance(self._tensor, torch.nn.Parameter):
+            return self.tracer.answer(self._tensor, "requires_grad")  # type: ignore[attr-defined]
+        return self.__getattr__("requires_grad")
+
+    @property
     def shape(self) -> torch.Size:
+        self.node.meta["sized"] = True  # so that nobody gives it another size unnoticed
         return self._tensor.shape
 
     @property
     def ndim(self) -> int:
-        return self._tensor.ndim
+        return len(self.shape)
 
     def size(self, dim: int | None = None) -> torch.Size | int:
-        return self._tensor.shape if dim is None else self._tensor.shape[dim]
+        return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        return self._tensor.dim()
+        return len(self.shape)
 
     def numel(self) -> int:
-        return self._tensor.numel()
+        return self.shape.numel()
 
     def __len__(self) -> int:
+        self.node.meta["sized"] = True
         return len(self._tensor)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.tracer.iter(self)

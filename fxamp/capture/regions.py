@@ -10,14 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 from unittest import mock
 
 import torch
+from torch.fx.proxy import TraceError
 
 from fxamp.capture.calls import enter_inference_mode, exit_inference_mode
 
-__all__ = ["AutocastState", "Region", "RegionRecorder", "autocast_as", "state_of"]
+# Themselves; what a model calls under these names is another one while it is traced.
+_is_grad_enabled, _clear_autocast_cache = torch.is_grad_enabled, torch.clear_autocast_cache
+
+_DEVICES: Final = ("cpu", "cuda")
+
+__all__ = ["AutocastState", "Region", "RegionRecorder", "Switched", "autocast_as", "state_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +70,43 @@ def autocast_as(device_type: str, dtype: torch.dtype, *, enabled: bool) -> Itera
     """The thread's autocast state as given until the block ends; torch.autocast would refuse "cuda" without a GPU."""
     # Not by the names that a model would use: whether it asks is noted while it is traced.
     before = torch._C.is_autocast_enabled(device_type), torch._C.get_autocast_dtype(device_type)
-    torch.set_autocast_enabled(device_type, enabled)
-    torch.set_autocast_dtype(device_type, dtype)
+    torch._C.set_autocast_enabled(device_type, enabled)
+    torch._C.set_autocast_dtype(device_type, dtype)
     try:
         yield
     finally:
-        torch.set_autocast_enabled(device_type, before[0])
-        torch.set_autocast_dtype(device_type, before[1])
+        torch._C.set_autocast_enabled(device_type, before[0])
+        torch._C.set_autocast_dtype(device_type, before[1])
+
+
+class Switched(TraceError):
+    """Not for a submodule to become a call: what it switched may stay so for what comes after it."""
 
 
 class RegionRecorder:
     """Records the regions that are open while a model is traced.
 
+    Attributes:
+        open: the autocast regions.
+        asked: whether the model asked for the grad mode.
+
     Args:
         emit: called with a function and its arguments to put a call into the graph; returns its proxy.
+        inference: whether the model is traced as in ``torch.inference_mode``.
+        counts: whether what runs now is the model's program.
     """
 
-    def __init__(self, emit: Callable[..., Any]) -> None:
+    def __init__(self, emit: Callable[..., Any], inference: bool, counts: Callable[[], bool]) -> None:
         self.open: tuple[Region, ...] = ()
+        self.asked = False
         self._emit = emit
+        self._inference = inference
+        self._counts = counts
+        self._state: tuple[Any, ...] = ()
+        self._outer_inference: list[tuple[bool, bool]] = []
         self._count = 0
         self._outer: dict[int, list[Any]] = {}
-        self._inside = False
+        self._inside = self._switching = False
 
     @contextmanager
     def recording(self) -> Iterator[RegionRecorder]:
@@ -104,20 +125,53 @@ class RegionRecorder:
                 (torch.inference_mode, "__enter__", self._inference_enter),
                 (torch.inference_mode, "__exit__", self._inference_exit),
             ):
-                patched = _method(wrap, getattr(owner, name))
+                patched = self._while_the_model_runs(wrap, getattr(owner, name))
                 stack.enter_context(mock.patch.object(owner, name, patched))
-            yield self
+            before = self._state = _thread_state()
+            try:
+                yield self
+            finally:
+                _set_thread_state(before)
+
+    def clear_autocast_cache(self) -> None:
+        """The answer to ``torch.clear_autocast_cache()`` of the model, and of regions that end."""
+        if self._counts() and not self._switching:
+            raise TraceError("empties the cache of autocast, which a graph would forget")
+        _clear_autocast_cache()
+
+    def check(self) -> None:
+        """Refuses a model that switched autocast or the grad mode by hand: a graph has regions only.
+
+        Raises:
+            Switched: when the state of the thread is not the one that the open regions made.
+        """
+        if self._state != _thread_state():
+            _set_thread_state(self._state)
+            raise Switched("switches autocast or the grad mode without a `with`, which a graph would forget")
+
+    def _while_the_model_runs(self, wrap: Callable[..., Any], original: Any) -> Callable[..., Any]:
+        def patched(region: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._counts():
+                return original(region, *args, **kwargs)
+            return wrap(original, region, *args, **kwargs)
+
+        return patched
 
     def _autocast_enter(self, original: Any, region: Any) -> Any:
         entry = Region(self._count, region.device, region.fast_dtype, region._enabled, region._cache_enabled)
         self._count += 1
         result = original(region)
         self.open = (*self.open, entry)
+        self._state = _thread_state()
         return result
 
     def _autocast_exit(self, original: Any, region: Any, *exc: Any) -> Any:
         self.open = self.open[:-1]
-        return original(region, *exc)
+        self._switching = True
+        result = original(region, *exc)
+        self._switching = False
+        self._state = _thread_state()
+        return result
 
     # The mode to come back to is the caller's at run time, so it is read in the graph, not while tracing.
     def _grad_enter(self, original: Any, region: Any, *args: Any) -> None:
@@ -125,11 +179,12 @@ class RegionRecorder:
         if self._inside:
             original(region, *args)
             return
-        before = self._emit(torch.is_grad_enabled)
+        before = self._emit(_is_grad_enabled)
         self._inside = True
         original(region, *args)
         self._inside = False
-        self._emit(torch._C._set_grad_enabled, torch.is_grad_enabled())
+        self._state = _thread_state()
+        self._emit(torch._C._set_grad_enabled, _is_grad_enabled())
         self._outer.setdefault(id(region), []).append(before)
 
     def _grad_exit(self, original: Any, region: Any, *exc: Any) -> None:
@@ -137,15 +192,48 @@ class RegionRecorder:
         self._inside = True
         original(region, *exc)
         self._inside = False
+        self._state = _thread_state()
         if before:
             self._emit(torch._C._set_grad_enabled, before.pop())
 
     # Not entered for real: what tracing itself creates must not become inference tensors.
     def _inference_enter(self, original: Any, region: Any) -> None:
-        self._emit(enter_inference_mode, bool(region.mode))
+        mode = bool(region.mode)
+        self._outer_inference.append((_is_grad_enabled(), self._inference))
+        self._inference = mode
+        torch._C._set_grad_enabled(not mode)
+        self._state = _thread_state()
+        self._emit(enter_inference_mode, mode)
 
     def _inference_exit(self, original: Any, region: Any, *exc: Any) -> None:
+        grad, self._inference = self._outer_inference.pop()
+        torch._C._set_grad_enabled(grad)
+        self._state = _thread_state()
         self._emit(exit_inference_mode)
+
+    def is_grad_enabled(self) -> bool:
+        """The answer to ``torch.is_grad_enabled()`` of the model."""
+        self.asked |= self._counts() and not self._inside
+        return _is_grad_enabled()
+
+    def is_inference_mode_enabled(self) -> bool:
+        """The answer to ``torch.is_inference_mode_enabled()`` of the model."""
+        self.asked |= self._counts()
+        return self._inference
+
+
+def _thread_state() -> tuple[Any, ...]:
+    """What regions switch: the grad mode, autocast's cache, and autocast for each device type."""
+    states = ((torch._C.is_autocast_enabled(device), torch._C.get_autocast_dtype(device)) for device in _DEVICES)
+    return _is_grad_enabled(), torch.is_autocast_cache_enabled(), *states
+
+
+def _set_thread_state(state: tuple[Any, ...]) -> None:
+    torch._C._set_grad_enabled(state[0])
+    torch._C.set_autocast_cache_enabled(state[1])
+    for device, (enabled, dtype) in zip(_DEVICES, state[2:], strict=True):
+        torch._C.set_autocast_enabled(device, enabled)
+        torch._C.set_autocast_dtype(device, dtype)
 
 
 def _autocast_init(
@@ -161,10 +249,3 @@ def _autocast_init(
     original(region, device_type, dtype, enabled and not blind, cache_enabled)
     if blind:
         region._enabled = enabled
-
-
-def _method(wrap: Callable[..., Any], original: Any) -> Callable[..., Any]:
-    def patched(region: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrap(original, region, *args, **kwargs)
-
-    return patched

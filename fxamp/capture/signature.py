@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from fxamp.capture.calls import calls_itself
+from fxamp.capture.failures import name_of as _name
+from fxamp.capture.trees import Tree, is_constant
 from fxamp.errors import CaptureError
 
 __all__ = ["CallSignature", "Layout", "Slot"]
@@ -25,11 +27,15 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 
 class Slot(NamedTuple):
-    """One argument of a layout: ``kind`` is "value", "tree" (its leaves are placeholders) or "constant"."""
+    """One argument of a layout.
+
+    ``kind`` is "value" (a tensor or number), "object" (one of a class that nothing is known of), "tree" (its leaves
+    are placeholders) or "constant".
+    """
 
     name: str
     kind: str
-    detail: Any = None  # the constant, or the tree's structure
+    detail: Any = None  # the constant, or the tree
 
 
 Layout = tuple[Slot, ...]
@@ -88,7 +94,7 @@ class CallSignature:
         slots = []
         for p in self.signature.parameters.values():
             if p.kind is p.VAR_POSITIONAL:
-                slots.append(Slot(p.name, "tree", pytree.tree_structure((0,) * stars)))
+                slots.append(Slot(p.name, "tree", Tree.of((0,) * stars)[0]))
             elif p.default is not p.empty:
                 slots.append(Slot(p.name, "constant", p.default))
             elif p.kind is not p.VAR_KEYWORD:
@@ -150,10 +156,10 @@ def values_of(layout: Layout, values: Mapping[str, Any]) -> list[Any]:
     """The values of a layout's placeholders, in order."""
     flat: list[Any] = []
     for slot in layout:
-        if slot.kind == "value":
+        if slot.kind in ("value", "object"):
             flat.append(values[slot.name])
         elif slot.kind == "tree":
-            flat.extend(pytree.tree_leaves(values[slot.name]))
+            flat.extend(slot.detail.leaves(values[slot.name]))
     return flat
 
 
@@ -162,14 +168,21 @@ def _slot(name: str, value: Any, base: Slot | None, bake_numbers: bool) -> Slot:
         return base
     if isinstance(value, torch.Tensor):
         return Slot(name, "value")
-    if isinstance(value, tuple | list | dict):
-        spec = pytree.tree_structure(value)
-        leaves = pytree.tree_leaves(value)
-        if any(isinstance(leaf, torch.Tensor) for leaf in leaves) or not leaves:
-            return Slot(name, "tree", spec)
+    tree, leaves = Tree.of(value)
+    required = base is not None and base.kind != "constant"
+    if tree is not None and _has_values(leaves, numbers=required):
+        return Slot(name, "tree", Tree.of(value, numbers=True)[0] if bake_numbers else tree)
     if isinstance(value, int | float) and not isinstance(value, bool) and not bake_numbers:
         return Slot(name, "value")
+    if required and tree is None and not is_constant(value, numbers=True):
+        return Slot(name, "object")
     return Slot(name, "constant", value)
+
+
+def _has_values(leaves: list[Any], *, numbers: bool) -> bool:
+    """Whether a container is one of tensors, or of numbers where these count, or holds nothing to say what it is."""
+    kinds = torch.Tensor | int | float if numbers else torch.Tensor
+    return not leaves or any(isinstance(leaf, kinds) for leaf in leaves)
 
 
 def _same(value: Any, default: Any) -> bool:
@@ -193,14 +206,18 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     """The parameters, without annotations: these may not pickle, and nothing here reads them."""
     target = function.forward if isinstance(function, nn.Module) else function
     try:
+        if isinstance(function, nn.Module) and calls_itself(function) and not _hands_on(function.__call__):
+            target = function.__call__
         found = inspect.signature(target).parameters.values()
         return [parameter.replace(annotation=inspect.Parameter.empty) for parameter in found]
     except (TypeError, ValueError) as error:
         raise CaptureError(
-            f"the signature of {_name(function)} is not known to Python: {error}",
-            hint="wrap it: lambda output, target: your_function(output, target)",
+            f"the signature of {_name(function)} is not known to Python",
+            hint=f"wrap it in a function of your own: lambda x: {_name(function)}(x)",
         ) from error
 
 
-def _name(function: Any) -> str:
-    return getattr(function, "__qualname__", None) or type(function).__qualname__
+def _hands_on(function: Callable[..., Any]) -> bool:
+    """Whether a function takes whatever comes, which says nothing."""
+    parameters = inspect.signature(function).parameters.values()
+    return all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import linecache
 import os
+import sysconfig
 from types import FrameType
 
 import torch
 from torch import fx
 
-__all__ = ["calling_frame", "is_library", "spelled_line", "user_frame", "user_line"]
+__all__ = ["calling_frame", "is_library", "is_users", "spelled_line", "user_frame", "user_line"]
 
 _TRACING = (os.path.dirname(fx.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
 _LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
+
+
+_PYTHON = sysconfig.get_paths()["stdlib"] + os.sep
 
 
 def is_library(filename: str) -> bool:
@@ -20,9 +24,14 @@ def is_library(filename: str) -> bool:
     return filename.startswith(_LIBRARY)
 
 
+def is_users(filename: str) -> bool:
+    """Whether a file belongs neither to torch or fxamp nor to Python itself."""
+    return not is_library(filename) and (not filename.startswith(_PYTHON) or "site-packages" in filename)
+
+
 def user_frame(frame: FrameType | None) -> FrameType | None:
-    """The nearest frame that belongs to neither torch nor fxamp."""
-    while frame is not None and is_library(frame.f_code.co_filename):
+    """The nearest frame that belongs to neither torch nor fxamp, nor to Python itself."""
+    while frame is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
 

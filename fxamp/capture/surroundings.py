@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Final, TypeAlias
-from unittest import mock
+from typing import Any, Final
 
 import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
+from torch.utils import _pytree as pytree
 
-from fxamp.capture.patches import python_state
+from fxamp.capture.outside import Outside
+from fxamp.capture.patches import mode_of, python_state, set_mode
 from fxamp.capture.regions import autocast_as
+from fxamp.capture.setting import Ambient
 
-__all__ = ["Ambient", "autocast_answers", "caches_emptied", "changed_modules", "check_root", "modes", "purged"]
-
-Ambient: TypeAlias = tuple[str, torch.dtype] | None
+__all__ = ["autocast_answers", "changed_modules", "check_root", "modes", "put_back"]
 
 _QUESTIONS: Final = tuple(
     name
@@ -36,22 +36,23 @@ _QUESTIONS: Final = tuple(
 @contextmanager
 def modes(modules: Mapping[str, nn.Module], training: Mapping[str, bool]) -> Iterator[None]:
     """The ``training`` flags that a trace is made with; the modules get theirs back."""
-    before = {module: module.training for module in modules.values()}
+    before = {module: mode_of(module) for module in modules.values()}
     try:
         for path, module in modules.items():
-            module.__dict__["training"] = training.get(path, module.training)
+            set_mode(module, training.get(path, mode_of(module)))
         yield
     finally:
         for module, flag in before.items():
-            module.__dict__["training"] = flag
+            set_mode(module, flag)
 
 
 @contextmanager
-def autocast_answers(ambient: Ambient) -> Iterator[set[str]]:
+def autocast_answers(ambient: Ambient, outside: Outside) -> Iterator[set[str]]:
     """Autocast switched on for whoever asks.
 
     Args:
         ambient: device type and dtype of the autocast that a model is traced for, or None.
+        outside: the files that may ask.
 
     Yields:
         The questions that were asked: what is traced then is right for this autocast only.
@@ -67,21 +68,46 @@ def autocast_answers(ambient: Ambient) -> Iterator[set[str]]:
 
         return answer
 
-    answers: dict[str, Any] = {name: noting(name) for name in _QUESTIONS}
+    answers = {getattr(torch, name): noting(name) for name in _QUESTIONS}
     switched_on = nullcontext() if ambient is None else autocast_as(*ambient, enabled=True)
-    with switched_on, mock.patch.multiple(torch, **answers):
+    with switched_on, outside.answering(answers):
         yield asked
 
 
+@contextmanager
+def put_back(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Undoes what was done to the modules and to the containers they hold: a traced value must not stay in them."""
+    spaces = [module.__dict__ for module in modules.values()]
+    held = [value for space in spaces for value in space.values() if type(value) in (dict, OrderedDict, list, set)]
+    before = [(container, container.copy()) for container in (*spaces, *held)]
+    try:
+        yield
+    finally:
+        for container, copied in before:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(copied)
+
+
 def changed_modules(modules: Mapping[str, nn.Module], before: Mapping[str, Any]) -> dict[str, str]:
-    """Path of each module whose Python state is not as before, and what was changed."""
-    now = {path: python_state(module) for path, module in modules.items()}
+    """Path of each module whose state is not as before, and what was changed past the graph."""
     return {
-        path: f"changes self.{name}, which a graph cannot carry to the next call"
-        for path in modules
-        for name in now[path]
-        if now[path][name] != before[path].get(name)
+        path: what for path, module in modules.items() for what in _changes(module, before[path], python_state(module))
     }
+
+
+def _changes(module: nn.Module, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for name in {**before, **now}:
+        if name not in before and not _is_settled(module, name):
+            yield f"makes self.{name} at its first call, which a graph would make again at every call"
+        elif name in before and now.get(name) != before[name]:
+            yield f"changes self.{name}, which a graph cannot carry to the next call"
+
+
+def _is_settled(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is a cached property without tensors: what it is once, it stays."""
+    cached = isinstance(getattr(type(module), name, None), functools.cached_property)
+    leaves = pytree.tree_leaves(module.__dict__.get(name))
+    return cached and not any(isinstance(leaf, fx.Proxy | torch.Tensor) for leaf in leaves)
 
 
 def check_root(changed: Mapping[str, str], drawn: torch.Tensor) -> None:
@@ -90,42 +116,3 @@ def check_root(changed: Mapping[str, str], drawn: torch.Tensor) -> None:
         raise TraceError(changed[""])
     if not torch.equal(torch.get_rng_state(), drawn):
         raise TraceError("draws random numbers on its own, which a graph would freeze")
-
-
-@contextmanager
-def caches_emptied(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Empties ``functools.lru_cache`` of functions at hand afterwards: traced values must not stay in them."""
-    try:
-        yield
-    finally:
-        purged(modules)
-        for value in _outside(modules):
-            if isinstance(value, functools._lru_cache_wrapper):
-                value.cache_clear()
-
-
-def purged(modules: Iterable[nn.Module]) -> bool:
-    """Takes traced values out of global and class variables; whether there were any."""
-    found = False
-    for value in _outside(modules):
-        if type(value) is dict:
-            for key in [key for key, item in value.items() if isinstance(item, fx.Proxy)]:
-                found = True
-                del value[key]
-        elif type(value) is list and any(isinstance(item, fx.Proxy) for item in value):
-            found = True
-            value[:] = [item for item in value if not isinstance(item, fx.Proxy)]
-    return found
-
-
-def _outside(modules: Iterable[nn.Module]) -> Iterator[Any]:
-    """The variables of the classes and files that the modules are written in, torch's left out."""
-    seen: set[int] = set()
-    for kind in {kind for module in modules for kind in type(module).__mro__}:
-        if kind.__module__.partition(".")[0] in ("torch", "builtins"):
-            continue
-        space = getattr(inspect.unwrap(vars(kind).get("forward", _outside)), "__globals__", {})
-        for namespace in (vars(kind), space):
-            if id(namespace) not in seen:
-                seen.add(id(namespace))
-                yield from list(namespace.values())

@@ -17,24 +17,31 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
+from fxamp.capture.absent import may_be_none
+from fxamp.capture.arguments import map_leaves
+from fxamp.capture.attributes import Attributes
 from fxamp.capture.bodies import body_of, gives_no_weights
 from fxamp.capture.builtins import shadowed_builtins, shadowed_numbers
 from fxamp.capture.calls import assign, has_hooks
-from fxamp.capture.composed import COMPOSED
-from fxamp.capture.deciding import DecidingTracer
+from fxamp.capture.clone import is_compiled
+from fxamp.capture.composed import composed
 from fxamp.capture.facts import Facts
-from fxamp.capture.members import owns
+from fxamp.capture.holder import modules_made
+from fxamp.capture.packed import packed_like_its_input, packed_sequences
 from fxamp.capture.patches import (
     autograd_functions,
     check_random_state,
-    modules_watched,
+    compiled_functions,
     random_calls,
     random_state,
     refusals,
     tensor_calls,
 )
-from fxamp.capture.proxy import AmpParameterProxy, AmpProxy, SettlingProxy
-from fxamp.capture.regions import RegionRecorder
+from fxamp.capture.proxy import AmpProxy, SettlingProxy
+from fxamp.capture.reading import ReadingTracer
+from fxamp.capture.regions import Switched
+from fxamp.capture.setting import Ambient, Setting, Traced
+from fxamp.capture.signature import Layout
 from fxamp.capture.source import user_line
 from fxamp.policy.operators import explicit
 from fxamp.policy.spellings import aten_name
@@ -66,50 +73,43 @@ class _Mark(NamedTuple):
     refused: int
 
 
-class AmpTracer(DecidingTracer):
+class AmpTracer(ReadingTracer):
     """Traces one entry point of one module tree, once.
 
-    After ``run``: ``untraceable`` has the reason for each module that stayed a call because it had to,
-    ``mode_readers`` the modules whose ``training`` flag was read, with its value, and ``composed`` says whether an
-    operator was taken apart for the device type.
+    After ``run``: ``untraceable`` has the reason for each module that stayed a call because it had to, and
+    ``composed`` says whether an operator was taken apart for the device type.
 
     Args:
         root: the model, or what holds the modules of a function; its own state may be changed.
         modules: path to every module that the entry point may use, root included.
+        originals: the user's own modules by path.
         entry: called with the proxies of the placeholders; what it returns is the graph's output.
-        extras: tensors that no module owns, by the name they are read under; new ones are added.
+        extras: tensors and objects that no module owns, by the name they are read under; new ones are added.
         untraceable: modules known to have to stay calls, with the reason.
         facts: what example inputs tell.
-        device_type: whose rules the graph is for.
+        setting: what surrounds the trace, and with its autocast, whose rules the graph is for.
+        of_parameters: makes the facts that the parameters tell alone.
     """
 
     def __init__(
         self,
         root: nn.Module,
         modules: Mapping[str, nn.Module],
+        originals: Mapping[str, nn.Module],
         entry: Callable[..., Any],
-        extras: dict[str, torch.Tensor],
-        untraceable: Mapping[str, str] | None = None,
-        facts: Facts | None = None,
-        device_type: str | None = None,
+        extras: dict[str, Any],
+        untraceable: Mapping[str, str],
+        facts: Facts | None,
+        setting: Setting,
+        of_parameters: Callable[[], Facts],
     ) -> None:
-        super().__init__(facts)
-        self.untraceable: dict[str, str] = dict(untraceable or {})
-        self.extras = extras
-        self.mode_readers: dict[str, bool] = {}
+        super().__init__(modules, originals, extras, facts, setting, of_parameters, getattr(entry, "model", None))
+        self.untraceable: dict[str, str] = dict(untraceable)
         self.composed = False
-        self._device_type = device_type
+        self._device_type = setting.ambient[0] if setting.ambient is not None else None
         self._entry = entry
-        self._regions = RegionRecorder(self._emit)
         self._names: list[str] = []
-        self._proxies: dict[str, fx.Proxy] = {}
-        self._written: list[tuple[nn.Module, str, bool, Any]] = []
-        self._modules = {id(module): path for path, module in modules.items()}
-        self._tensors: dict[int, str] = {}
-        for path, module in modules.items():
-            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-            for name, tensor in own:
-                self._tensors.setdefault(id(tensor), f"{path}.{name}".lstrip("."))
+        self._attributes = Attributes(self._modules, modules, self._assign, self._was_sized, self._meet)
         self.root = root
 
     def run(self, names: list[str], *, numbers: bool = False) -> fx.Graph:
@@ -120,47 +120,59 @@ class AmpTracer(DecidingTracer):
             numbers: record ``int`` and ``float`` of traced values too.
         """
         self._names = names
-        grad_mode = torch.is_grad_enabled()
         try:
             with ExitStack() as stack:
                 stack.enter_context(self._regions.recording())
-                stack.enter_context(modules_watched(self._modules, self._read_training, self._set_attribute))
+                stack.enter_context(self._attributes.watched())
+                self._made = stack.enter_context(modules_made())
+                stack.enter_context(compiled_functions(self._record))
                 stack.enter_context(autograd_functions(self._record))
+                stack.enter_context(packed_sequences(self._record))
                 stack.enter_context(random_calls(self._record))
                 stack.enter_context(refusals())
-                stack.enter_context(tensor_calls(self._record, self._record_method))
+                stack.enter_context(self._generators.watched())
+                stack.enter_context(tensor_calls(self._record, self._record_method, self.answer))
                 stack.enter_context(shadowed_builtins(numbers=numbers))
                 return super().trace(self.root)
         finally:
-            torch.set_grad_enabled(grad_mode)
-            self._undo_writes(0)
+            self._attributes.undo()
+
+    def traced(self, graph: fx.Graph, layout: Layout, ambient: tuple[()] | tuple[Ambient]) -> Traced:
+        """The graph that ``run`` gave, with what it is good for."""
+        return Traced(graph, layout, self.untraceable, self._attributes.mode_readers, ambient, self.grad, self.asked)
 
     # -- hooks of torch.fx.Tracer ------------------------------------------------------------------
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         del root_fn, is_module, concrete_args
-        self.graph._graph_namespace.create_name(
-            "self", None
-        )  # the generated code needs it; a submodule may be called so
-        return self._call_entry, [self.create_proxy("placeholder", name, (), {}) for name in self._names]
+        # The generated code needs the name; a submodule may have it.
+        self.graph._graph_namespace.create_name("self", None)
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self._names]
+        self._note_kinds(proxies)
+        return self._call_entry, proxies
 
     def _call_entry(self, *proxies: fx.Proxy) -> Any:
         drawn = random_state()
-        result = self._entry(*proxies)
+        with self._generators.kept():
+            result = self._entry(*proxies)
         check_random_state(drawn)
+        self._regions.check()
         if self._refused:
             raise TraceError(self._refused[-1])  # the model's own code caught it
+        self._returned = True
         return result
 
     def proxy(self, node: fx.Node) -> AmpProxy:
         return AmpProxy(node, self) if self.facts is None else SettlingProxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
-        if self.facts is not None and self.facts.running:
+        if self._facts_run():
             return None
+        self._regions.check()
         body = self._body(kind, target, args, kwargs)
         if body is None:
-            return super().create_proxy(kind, target, args, kwargs, *rest, **more)
+            proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+            return self._handed_out(proxy) if may_be_none(proxy.node, self._module_of) else proxy
         mark = self._mark()
         self._bodies += 1
         try:
@@ -179,10 +191,11 @@ class AmpTracer(DecidingTracer):
         found = aten_name(kind, target, *_nodes_of((args, kwargs)))
         if found is None:
             return body_of(kind, target)
-        if found not in COMPOSED or self._device_type is None or explicit(found, self._device_type):
+        if self._device_type is None or explicit(found, self._device_type):
             return None
-        self.composed = True
-        return COMPOSED[found]
+        parts = composed(found, target)
+        self.composed |= parts is not None
+        return parts
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -191,34 +204,40 @@ class AmpTracer(DecidingTracer):
         node.meta["source"] = user_line(sys._getframe(1))
         return node
 
-    def path_of_module(self, mod: nn.Module) -> str:
-        path = self._modules.get(id(mod))
-        if path is None:
-            raise NameError(f"calls a {type(mod).__name__} that is no submodule of the model")
-        return path
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LEAVES) or has_hooks(m)
+        # A subclass with a forward of its own is the user's to look into, and so is a forward that was set.
+        kind = next((kind for kind in type(m).__mro__ if "forward" in vars(kind)), nn.Module)
+        replaced = "forward" in m.__dict__ and not isinstance(m, torch.jit.ScriptModule)
+        own = replaced or not kind.__module__.startswith("torch.")
+        return (isinstance(m, _LEAVES) and not own) or has_hooks(m) or hasattr(type(m), "__fxamp_clone__")
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if id(m) not in self._modules:
+            self._meet(m)
             return forward(*args, **kwargs)  # made in the forward: it is what it is made of
+        if is_compiled(m):
+            return m.get_submodule("_orig_mod")(*args, **kwargs)  # how it is run does not change what it computes
         path = self.path_of_module(m)
         if path in self.untraceable:
             return self._call_leaf(m, path, args, kwargs)
         mark, drawn = self._mark(), random_state()
+        if self.is_leaf_module(m, path):
+            self._check_forwards(m)
         try:
-            result = super().call_module(m, forward, args, kwargs)
+            with self._generators.kept():
+                result = super().call_module(m, forward, args, kwargs)
             check_random_state(drawn)
             if len(self._refused) > mark.refused:
                 raise TraceError(self._refused[-1])  # the model's own code caught it
         except Exception as error:
-            if m is self.root:
+            if not path or isinstance(error, Switched):
                 raise
             self._go_back(mark)
             self.untraceable[path] = _reason(error)
             return self._call_leaf(m, path, args, kwargs)
-        return (result[0], None) if gives_no_weights(m, args, kwargs) else result
+        if gives_no_weights(m, args, kwargs):
+            return result[0], None
+        return packed_like_its_input(m, args, kwargs, result)
 
     def call_whole(self, *args: Any, **kwargs: Any) -> Any:
         """The model itself as one call, for a model that is a module of torch."""
@@ -232,54 +251,26 @@ class AmpTracer(DecidingTracer):
         return self._call_leaf(self.root, WHOLE, args, kwargs)
 
     def _call_leaf(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        self._check_forwards(m)
         outer = (self.scope.module_path, self.scope.module_type)
         self.scope.module_path, self.scope.module_type = path, type(m)
         try:
-            proxy = self.create_proxy("call_module", path, args, kwargs)
+            proxy = super().create_proxy("call_module", path, args, kwargs)
             proxy.node.meta["untraceable"] = self.untraceable.get(path, "")
-            return proxy
+            return self._handed_out(proxy) if may_be_none(proxy.node, self._module_of) else proxy
         finally:
             self.scope.module_path, self.scope.module_type = outer
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
-        asked_for_facts = self.facts is not None and self.facts.running
-        if isinstance(attr_val, torch.Tensor) and id(attr_val) in self._tensors and not asked_for_facts:
-            return self._tensor_proxy(attr_val)
-        return attr_val
-
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, torch.Tensor):
-            return self._tensor_proxy(a).node
-        if isinstance(a, nn.Module):
-            return self.create_node("get_attr", self.path_of_module(a), (), {})
-        return super().create_arg(a)
-
     # -- our own -----------------------------------------------------------------------------------
 
-    def _tensor_proxy(self, tensor: torch.Tensor) -> fx.Proxy:
-        name = self._tensors.get(id(tensor)) or self._plain_attribute(tensor)
-        if name not in self._proxies:
-            node = self.create_node("get_attr", name, (), {})
-            self._proxies[name] = AmpParameterProxy(node, self, tensor)
-        return self._proxies[name]
-
-    def _plain_attribute(self, tensor: torch.Tensor) -> str:
-        """The name of a tensor that is no parameter or buffer: a plain attribute, or one from outside."""
-        name = self.tensor_attrs.get(tensor)
-        if name is None:
-            name = next((key for key, known in self.extras.items() if known is tensor), None)
-        if name is None:
-            name = f"_constant_{len(self.extras)}"
-            while owns(self.root, name):
-                name += "_"
-            self.extras[name] = tensor
-        self._tensors[id(tensor)] = name
-        return name
+    def _module_of(self, target: str) -> nn.Module:
+        return self.root if target == WHOLE else self._by_path[target]
 
     def _mark(self) -> _Mark:
         last = next(iter(reversed(self.graph.nodes)), self.graph._root)
         scope = (self.scope.module_path, self.scope.module_type)
-        return _Mark(last, len(self._proxies), scope, dict(self.module_stack), len(self._written), len(self._refused))
+        written, refused = self._attributes.mark(), len(self._refused)
+        return _Mark(last, len(self._proxies), scope, dict(self.module_stack), written, refused)
 
     def _go_back(self, mark: _Mark) -> None:
         for node in reversed(self.graph.nodes):
@@ -291,36 +282,16 @@ class AmpTracer(DecidingTracer):
         self.scope.module_path, self.scope.module_type = mark.scope
         self.module_stack.clear()
         self.module_stack.update(mark.stack)
-        self._undo_writes(mark.written)
+        self._attributes.undo(mark.written)
         del self._refused[mark.refused :]
 
-    def _undo_writes(self, start: int) -> None:
-        while len(self._written) > start:
-            module, name, existed, value = self._written.pop()
-            if existed:
-                module.__dict__[name] = value
-            else:
-                module.__dict__.pop(name, None)
-
-    def _read_training(self, path: str, training: bool) -> None:
-        self.mode_readers[path] = training
-
-    def _set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        existed = name in module.__dict__
-        before = module.__dict__.get(name)
-        if isinstance(value, fx.Proxy) and existed and before is None:
-            raise TraceError(f"keeps self.{name} for the next call, which may go another way then")
-        if isinstance(value, fx.Proxy):
-            owner = self.create_node("get_attr", self._modules[id(module)] or THIS, (), {})
-            self.create_node("call_function", assign, (owner, name, value.node), {})
-        elif not (existed and (value is before or (type(value) is type(before) and value == before))):
-            raise TraceError(f"sets self.{name}, which a graph cannot carry to the next call")
-        self._written.append((module, name, existed, before))
-        module.__dict__[name] = value
+    def _assign(self, module: nn.Module, name: str, value: fx.Proxy) -> None:
+        owner = self.create_node("get_attr", self._modules[id(module)] or THIS, (), {})
+        self.create_node("call_function", assign, (owner, name, value.node), {})
 
 
 def _nodes_of(arguments: Any) -> Any:
-    return fx.node.map_aggregate(arguments, lambda value: value.node if isinstance(value, fx.Proxy) else value)
+    return map_leaves(arguments, fx.Proxy, lambda proxy: proxy.node)
 
 
 def _reason(error: BaseException) -> str:

@@ -18,6 +18,8 @@ from torch import fx, nn
 from torch.fx.node import _get_qualified_name
 
 from fxamp.capture.calls import MODE_CALLS, has_hooks
+from fxamp.capture.objects import Rebuilt
+from fxamp.policy.einsum import REACHES
 from fxamp.policy.spellings import aten_name
 from fxamp.policy.writes import writes_of
 
@@ -72,14 +74,18 @@ class Call:
         op: its name in the user's words.
         aten: the ATen operator it reaches, without a trailing ``_``; "" when none is known.
         steering: it computes nothing with tensors.
+        holds: it puts what it is given into an object.
         writes: the values it writes to, or may write to.
+        views: it works on views of its arguments, of which autocast keeps no copy.
     """
 
     op: str
     aten: str = ""
     steering: bool = False
+    holds: bool = False
     inplace: bool = False
     writes: tuple[Any, ...] = ()
+    views: bool = False
 
 
 def nodes_in(argument: Any) -> list[fx.Node]:
@@ -109,6 +115,8 @@ def read_call(node: fx.Node, module_of: Callable[[str], Any]) -> Call:
     """What a call_function, call_method or call_module node does."""
     if node.op == "call_module":
         return _module_call(node, module_of(str(node.target)))
+    if isinstance(node.target, Rebuilt):
+        return Call(node.target.__name__, steering=True, holds=True)
     op = _spelled(node)
     if node.target in _STEERING if node.op == "call_function" else node.target in _QUERIES:
         return Call(op, steering=True)
@@ -128,7 +136,7 @@ def read_call(node: fx.Node, module_of: Callable[[str], Any]) -> Call:
     if _is_inplace(found) or (found and node.kwargs.get("inplace") is True):
         return Call(op, found.removesuffix("_"), inplace=True, writes=(*writes, _first(node)))
     # What cannot be seen into may write to whatever it gets.
-    return Call(op, found, writes=writes if found else (node.args, node.kwargs))
+    return Call(op, found, writes=writes if found else (node.args, node.kwargs), views=node.target in REACHES)
 
 
 def _first(node: fx.Node) -> Any:
@@ -162,6 +170,7 @@ def _spelled(node: fx.Node) -> str:
 
 
 _SHORT: Final[Mapping[str, str]] = {
+    **{_get_qualified_name(function): "torch.einsum" for function in REACHES},
     "torch.nn.functional.": "F.",
     "torch._C._nn.": "F.",
     "torch._C._linalg.linalg_": "torch.linalg.",

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
 from fxamp.capture.calls import MODE_CALLS
-from fxamp.capture.facts import gpu_is_away, moved, run_on_fakes, without_log
+from fxamp.capture.facts import gpu_is_away, has_nested, moved, run_on_fakes, without_log
+from fxamp.capture.objects import Rebuilt
 from fxamp.capture.regions import autocast_as
 from fxamp.dtypes import is_castable
 from fxamp.errors import CaptureError
@@ -67,7 +68,7 @@ class FakeObserver:
         elif node.op == "get_attr":
             self._values[node] = self._fake(self._attribute(str(node.target)))
         value = self._values[node]
-        if value is _MISSING or isinstance(value, torch.nn.Module):
+        if value is _MISSING or isinstance(value, torch.nn.Module) or isinstance(node.target, Rebuilt):
             return None
         flow = of_object(value)
         return None if flow == UNKNOWN or (flow == NOT_A_TENSOR and isinstance(value, dict)) else flow
@@ -82,6 +83,8 @@ class FakeObserver:
         return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
     def _fake(self, value: Any) -> Any:
+        if has_nested(value):
+            return _MISSING
         return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
 
     def _run(self, node: fx.Node, decision: Decision) -> Any:

@@ -26,7 +26,7 @@ from fxamp.plan.rules import Rules, banned, unexpected
 from fxamp.plan.sharing import Sharing
 from fxamp.policy import Policy, Ruling
 from fxamp.policy.flow import ONE_DTYPE
-from fxamp.policy.operators import optional_tensors
+from fxamp.policy.operators import FORWARDS_TO, optional_tensors
 
 __all__ = ["Observer", "make_plan"]
 
@@ -148,7 +148,7 @@ class _Planner:
             call = replace(call, aten=_REFLECTED[node.target])
         blank = replace(blank, op=call.op, aten=call.aten, inputs=inputs)
         if call.steering:
-            return blank
+            return replace(blank, output=UNKNOWN) if call.holds else blank
         if not tensors_in(inputs) and (call.aten or isinstance(node.target, BuiltinFunctionType)):
             return replace(blank, output=self._result(node, call, inputs, ()))  # nothing that could be cast
         state = state_of(node.meta["regions"], self._device_type, self._ambient)
@@ -190,7 +190,7 @@ class _Planner:
 
     def _through_casts(self, node: fx.Node, call: Call, decision: Decision) -> Decision:
         target, how = self._target(node, decision)
-        casts = self._casts(node, target, decision) if target is not None else ()
+        casts = self._casts(node, target, decision, share=not call.views) if target is not None else ()
         cast_inputs = _after(decision, casts)
         output = self._result(node, call, decision.inputs, cast_inputs)
         runs_in = _computes_in(target, cast_inputs, output)
@@ -209,7 +209,9 @@ class _Planner:
         if not promotes and not (len(set(dtypes)) > 1 and self._rules.may_meet(decision)):
             return None, "call"
         if promotes and decision.reason == "op table" and None not in dtypes and not promotable(dtypes, low):
-            raise unexpected(decision, dtypes)
+            if decision.aten not in FORWARDS_TO[self._device_type]:
+                raise unexpected(decision, dtypes)
+            return None, "promote"  # where it does not come to that, nothing is refused
         if torch.float32 in dtypes and (promotes or None not in dtypes):
             return torch.float32, "call"
         return (low, "call") if set(dtypes) <= {low} else (None, "promote")
@@ -222,7 +224,7 @@ class _Planner:
             if wanted:
                 soft = None in wanted or not isinstance(flow, Value)
                 cast = Cast(slot, source.name, target, soft)
-                casts.append(self.sharing.shared(cast, source, decision.state) if share else cast)
+                casts.append(self.sharing.cast(cast, source, decision.state, share=share))
         return tuple(casts)
 
     def _result(self, node: fx.Node, call: Call, inputs: tuple[Flow, ...], cast_inputs: tuple[Value, ...]) -> Flow:

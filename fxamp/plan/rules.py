@@ -7,6 +7,7 @@ override of the operator; the operator table; ``follow`` for an operator that au
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Final
 
@@ -19,7 +20,7 @@ from fxamp.plan.calls import Call
 from fxamp.plan.decision import Decision
 from fxamp.plan.results import USER_CASTS
 from fxamp.policy import Policy, Ruling
-from fxamp.policy.operators import operator_rules, transparent
+from fxamp.policy.operators import is_aten, operator_rules, transparent
 
 __all__ = ["Rules", "banned", "check_overridable", "unexpected"]
 
@@ -45,7 +46,7 @@ class Rules:
     def ruling(self, node: fx.Node, call: Call, state: AutocastState) -> Ruling:
         """The rule for a call in an autocast state; "opaque" when autocast has to decide inside it."""
         if call.inplace:
-            return Ruling("follow", "in-place")
+            return self._inplace(node, call)
         if self.overridden(node) and call.aten not in _EXEMPT:
             return self._rulings[node.meta["module"]]
         if node.meta["regions"] and not state.enabled:
@@ -59,6 +60,13 @@ class Rules:
             return Ruling("follow", "input dtype")
         return Ruling("opaque", _why_opaque(node, call))
 
+    def _inplace(self, node: fx.Node, call: Call) -> Ruling:
+        """Autocast casts nothing that is written to; but a few kernels call others, about which it decides."""
+        inside = is_aten(f"{call.aten}_") and not transparent(f"{call.aten}_", self._device_type)
+        if inside and not _writes_out(node):
+            return Ruling("opaque", f"{call.aten}_ calls others inside")
+        return Ruling("follow", "in-place")
+
     def overridden(self, node: fx.Node) -> bool:
         """Whether the user has an override for the module that a call was made in."""
         return node.meta["module"] in self._rulings
@@ -67,6 +75,10 @@ class Rules:
         """Whether an override can have brought two dtypes to a call that torch would not promote by itself."""
         overridden = bool(self._policy.ops or self._policy.modules) and decision.reason != "in-place"
         return overridden and operator_rules(self._device_type).get(decision.aten) == "lower"
+
+
+def _writes_out(node: fx.Node) -> bool:
+    return node.kwargs.get("out") is not None or node.target in (operator.setitem, "__setitem__")
 
 
 def banned(decision: Decision) -> PlanError:

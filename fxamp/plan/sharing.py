@@ -67,7 +67,7 @@ class Sharing:
             return
         self._grad_modes += node.target in _SWITCHES
         kind = output_kind(call.aten, node.target, node.args, node.kwargs) if call.aten else None
-        hands_on = call.inplace or call.aten in _MAY_RETURN_ITSELF
+        hands_on = call.inplace or call.holds or call.aten in _MAY_RETURN_ITSELF
         fresh = from_table or not (kind in (None, "first") or hands_on)
         self._writes.define(node, fresh=fresh)
         if not call.steering and (not call.aten or call.aten in _MAKES_LEAVES):
@@ -89,12 +89,14 @@ class Sharing:
         self._given |= frozenset().union(*(self._may_be[source] for source in node.all_input_nodes))
         return self._given
 
-    def shared(self, cast: Cast, source: fx.Node, state: AutocastState) -> Cast:
+    def cast(self, cast: Cast, source: fx.Node, state: AutocastState, *, share: bool) -> Cast:
         """The cast with the key under which it is shared, or marked to be looked up at run time."""
         value = self._attribute(str(source.target)) if source.op == "get_attr" else None
         weight = isinstance(value, nn.Parameter)
         trained = weight and value.requires_grad  # type: ignore[union-attr]
         cast = replace(cast, weight=weight, epoch=state.epoch)
+        if not share:
+            return cast
         cast = replace(cast, version=self._writes.version(source, guessed=False))
         # autocast has one copy of a weight with gradients; whether another tensor is one with it, nobody would tell.
         version = cast.version if trained else self._writes.version(source)

@@ -5,7 +5,8 @@ not listed, but the ``cat`` inside is. A composite without a row has not been ve
 autocast. The cells:
 
 * ``same``: no listed operator is reached, or only in a way that changes nothing, such as the sum of a mask.
-* an operator: all that autocast does is what it would do to that operator with the same arguments.
+* an operator: all that autocast does is what it would do to that operator with the same arguments. (``roll`` has a
+  kernel of its own, which on a CPU is made with ``cat``.)
 * ``listed``: has a row of its own in ``fxamp.policy.autocast_table``.
 * ``-``: listed operators are reached from the inside; the call has to run under autocast.
 
@@ -23,12 +24,6 @@ __all__ = ["FORWARDS_TO", "SAME", "UNDER_AUTOCAST"]
 
 _COMPOSITES: Final = """
 composite                        cuda                cpu
-__and__                          same                same
-__iand__                         same                same
-__ior__                          same                same
-__ixor__                         same                same
-__or__                           same                same
-__xor__                          same                same
 _lu_with_info                    same                listed
 _pad_circular                    same                same
 _safe_softmax                    softmax             same
@@ -46,16 +41,16 @@ adaptive_max_pool1d              same                same
 adjoint                          same                same
 alpha_dropout                    same                same
 alpha_dropout_                   same                same
-arccos                           acos                acos
+arccos                           acos                same
 arccos_                          same                same
 arccosh                          same                same
 arccosh_                         same                same
-arcsin                           asin                asin
+arcsin                           asin                same
 arcsin_                          same                same
 arcsinh                          same                same
 arcsinh_                         same                same
 arctan                           same                same
-arctan2                          atan2               atan2
+arctan2                          atan2               same
 arctan2_                         same                same
 arctan_                          same                same
 arctanh                          same                same
@@ -76,10 +71,10 @@ chunk                            same                same
 clip                             same                same
 clip_                            same                same
 coalesce                         same                same
-column_stack                     cat                 cat
-combinations                     same                same
-concat                           cat                 cat
-concatenate                      cat                 cat
+column_stack                     same                cat
+combinations                     same                -
+concat                           same                cat
+concatenate                      same                cat
 conj                             same                same
 conj_physical                    same                same
 contiguous                       same                same
@@ -98,7 +93,7 @@ divide_                          same                same
 dropout                          same                same
 dropout_                         same                same
 dsplit                           same                same
-dstack                           cat                 cat
+dstack                           same                cat
 embedding_bag                    same                same
 empty                            same                same
 expand_as                        same                same
@@ -110,14 +105,14 @@ feature_dropout_                 same                same
 fft_fft                          same                listed
 fft_fft2                         same                listed
 fft_fftn                         same                listed
-fft_fftshift                     same                same
+fft_fftshift                     same                cat
 fft_hfft                         same                listed
 fft_hfft2                        same                same
 fft_hfftn                        same                same
 fft_ifft                         same                listed
 fft_ifft2                        same                listed
 fft_ifftn                        same                listed
-fft_ifftshift                    same                same
+fft_ifftshift                    same                cat
 fft_ihfft                        same                listed
 fft_ihfft2                       same                same
 fft_ihfftn                       same                same
@@ -138,7 +133,7 @@ float_power                      same                same
 float_power_                     same                same
 ger                              same                same
 get_device                       same                same
-gradient                         same                same
+gradient                         same                -
 greater                          same                same
 greater_                         same                same
 greater_equal                    same                same
@@ -146,7 +141,7 @@ greater_equal_                   same                same
 group_norm                       listed              same
 histogramdd                      same                same
 hsplit                           same                same
-hstack                           cat                 cat
+hstack                           same                cat
 imag                             same                same
 inner                            -                   -
 instance_norm                    same                same
@@ -254,7 +249,8 @@ result_type                      same                same
 retain_grad                      same                same
 retains_grad                     same                same
 rms_norm                         listed              same
-row_stack                        cat                 cat
+roll                             same                cat
+row_stack                        same                cat
 rrelu                            same                same
 rrelu_                           same                same
 selu                             same                same
@@ -267,28 +263,28 @@ sparse_coo_tensor                same                same
 special_digamma                  same                same
 special_erf                      same                same
 special_erfc                     same                same
-special_erfinv                   erfinv              erfinv
+special_erfinv                   erfinv              same
 special_exp2                     same                same
 special_expit                    same                same
-special_expm1                    expm1               expm1
+special_expm1                    expm1               same
 special_gammainc                 same                same
 special_gammaincc                same                same
 special_gammaln                  same                same
 special_i0                       same                same
-special_log1p                    log1p               log1p
-special_log_softmax              log_softmax         log_softmax
+special_log1p                    log1p               same
+special_log_softmax              log_softmax         same
 special_logit                    same                same
-special_logsumexp                logsumexp           logsumexp
+special_logsumexp                logsumexp           same
 special_multigammaln             -                   same
 special_ndtr                     same                same
 special_polygamma                same                same
 special_psi                      same                same
 special_round                    same                same
 special_sinc                     same                same
-special_softmax                  softmax             softmax
+special_softmax                  softmax             same
 special_xlogy                    same                same
 split                            same                same
-square                           pow                 pow
+square                           pow                 same
 square_                          same                same
 std                              same                same
 std_mean                         same                same
@@ -333,7 +329,7 @@ var                              same                same
 var_mean                         same                same
 view_as                          same                same
 vsplit                           same                same
-vstack                           cat                 cat
+vstack                           same                cat
 where                            same                same
 """
 

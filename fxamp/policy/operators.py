@@ -117,7 +117,7 @@ def transparent(aten: str, device_type: str) -> bool:
     composite ones that are vetted. A listed operator, an unknown one and an unvetted composite are not.
 
     Args:
-        aten: a packet name, ``"reshape"`` or ``"add_"``.
+        aten: a packet name, ``"reshape"``; calls in place are not asked about, for autocast casts none.
         device_type: ``"cuda"`` or ``"cpu"``.
 
     Raises:

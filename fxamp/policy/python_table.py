@@ -9,7 +9,9 @@ from typing import Final
 
 __all__ = ["CAST_METHODS", "FUNCTIONS", "METHODS", "OPERATOR_MODULE"]
 
-CAST_METHODS: Final = frozenset("float double half bfloat16 int long bool type".split())
+CAST_METHODS: Final = frozenset(
+    "float double half bfloat16 cfloat cdouble chalf byte char short int long bool type".split()
+)
 """Methods that are a cast, kept under their own names: the name says to which dtype."""
 
 # Functions written in Python. Third column: an argument that, when it is given and not None or False, makes
@@ -38,8 +40,8 @@ F.dropout1d                         feature_dropout
 F.dropout2d                         feature_dropout
 F.dropout3d                         feature_dropout
 F.elu                               elu
-F.embedding                         embedding
-F.embedding_bag                     embedding_bag
+F.embedding                         embedding               max_norm
+F.embedding_bag                     embedding_bag           max_norm
 F.feature_alpha_dropout             feature_alpha_dropout
 F.fold                              col2im
 F.glu                               glu

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch._jit_internal import boolean_dispatched
 
 from fxamp.errors import PolicyError, nearest
+from fxamp.policy.einsum import REACHES
 from fxamp.policy.operators import aten_packets, is_aten, packet_of
 from fxamp.policy.python_table import CAST_METHODS, FUNCTIONS, METHODS, OPERATOR_MODULE
 
@@ -218,7 +219,7 @@ def _by_function() -> Mapping[Any, tuple[str, ...]]:
     rows = (line.split() for line in FUNCTIONS.strip().splitlines())
     found = {_object_named(spelling): tuple(cells) for spelling, *cells in rows}
     found.pop(None, None)  # a function that this version of torch does not have
-    return found
+    return found | {function: (name,) for function, name in REACHES.items()}
 
 
 @functools.cache

@@ -121,12 +121,9 @@ def _called(
         return "call_function", DtypeCall(call), args, kwargs
     if decision.how == "promote":
         assert decision.state is not None
-        return (
-            "call_function",
-            PromoteCall(call, decision.state.dtype, optional_tensors(decision.aten), decision.reason == "op table"),
-            args,
-            kwargs,
-        )
+        refused = AmbientCall(call, device_type, decision.state) if decision.reason == "op table" else None
+        promoting = PromoteCall(call, decision.state.dtype, optional_tensors(decision.aten), refused)
+        return "call_function", promoting, args, kwargs
     if decision.how == "ambient":
         assert decision.state is not None
         if node.op == "call_module":

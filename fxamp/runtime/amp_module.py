@@ -8,6 +8,7 @@ it first comes.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ from fxamp.runtime.variant import Variant
 
 __all__ = ["AmpModule", "inspect", "not_a_scalar"]
 
-_BAKED = (bool, str, type(None))
+_PLAIN = frozenset({torch.Tensor, nn.Parameter, int, float})  # anything else may need a graph of its own
 _GUARDED = frozenset({torch._C._set_grad_enabled, enter_inference_mode, leaf_cast})
 
 
@@ -54,16 +55,21 @@ class AmpModule(CheckpointedModule):
         """The model's output, or ``(loss, output)`` when a loss was converted with it.
 
         Raises:
-            CaptureError: when a submodule was put into another mode than the graph was traced in.
+            CaptureError: when a submodule was put into another mode than the graph was traced in, or replaced.
             FxampError: when the loss is not a scalar.
             TypeError: when the arguments do not fit the signature.
         """
         conversion = self._conversion
-        plain = not kwargs and len(args) == conversion.positional and not any(type(a) in _BAKED for a in args)
+        plain = not kwargs and len(args) == conversion.positional and _PLAIN.issuperset(map(type, args))
         variant, values = (conversion.base, args) if plain else self._variant_for(args, kwargs)
         if any(not isinstance(values[i], torch.Tensor) for i in variant.asked):
             variant, values = self._variant_for(args, kwargs, bake_numbers=True)
-            _check_asked(variant, values)
+            variant.check_kinds(values)
+        if not torch.compiler.is_compiling() and not variant.footing.holds():
+            self._regain_footing(variant)
+            return self.forward(*args, **kwargs)
+        if variant.particular and not variant.serves(values):
+            variant, values = self._variant_for(args, kwargs)
         if variant.observed and not variant.fits(values):
             variant = self._compiled(conversion.by_rule(variant))
         for module, training in variant.mode_flags:
@@ -180,10 +186,22 @@ class AmpModule(CheckpointedModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> AmpModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._follow_tensors()
+        return self
+
+    def _follow_tensors(self) -> None:
         if self._conversion.follow_tensors():
             self._activate()
             self._conversion.scaler._bind(self)
-        return self
+
+    def _regain_footing(self, variant: Variant) -> None:
+        """Makes the graphs anew for modules or tensors that changed without being told of."""
+        conversion = self._conversion
+        if variant.footing.needs_a_trace() or not conversion.follow_tensors():
+            conversion.follow_modules()
+            self._note_values()
+        self._activate()
+        conversion.scaler._bind(self)
 
     def _remade(self, conversion: Conversion) -> AmpModule:
         """A module of another conversion."""
@@ -199,6 +217,16 @@ class AmpModule(CheckpointedModule):
         function, arguments = self.__reduce__()
         new: AmpModule = function(*copy.deepcopy(arguments, memo))
         memo[id(self)] = new
+        return new
+
+    def __fxamp_clone__(self, memo: dict[int, Any], clone: Any) -> AmpModule:
+        """A copy in a clone of the model that this is a part of; its mode and its modules are its own."""
+        new: AmpModule = object.__new__(type(self))
+        memo[id(self)] = new
+        own = {**self.__dict__, "_conversion": None}
+        new.__dict__.update({name: clone(value, memo) for name, value in own.items()})
+        new.__dict__["_conversion"] = self._conversion.cloned(functools.partial(clone, memo=memo))
+        new._note_values()
         return new
 
     def __copy__(self) -> AmpModule:
@@ -285,17 +313,6 @@ def _other_mode(amp: AmpModule, module: nn.Module, traced: bool) -> CaptureError
         f"submodule '{path}' has training={module.training}, but the graph was traced with training={traced}",
         hint=f"put model.{path} into that mode before fxamp.convert(model), or switch the whole module",
     )
-
-
-def _check_asked(variant: Variant, values: Sequence[Any]) -> None:
-    names = [node.name for node in variant.traced.graph.nodes if node.op == "placeholder"]
-    for i in variant.asked:
-        if not isinstance(values[i], torch.Tensor):
-            raise CaptureError(
-                f"the graph was traced with a tensor for '{names[i]}', whose type the model asks for; "
-                f"found {describe(values[i])}",
-                hint="convert with example_inputs=... that have it",
-            )
 
 
 def _check_loss(loss: Any) -> None:

@@ -174,13 +174,13 @@ class PromoteCall(_Packed):
 
     Attributes:
         optional: places and names of arguments that do not count, as autocast has it.
-        strict: refuse what autocast refuses: a floating dtype that is neither ``low`` nor float32.
+        refused: the call under autocast, for what that refuses: a floating dtype that is neither ``low`` nor float32.
     """
 
     call: Callable[..., Any] | str
     low: torch.dtype
     optional: frozenset[int | str] = frozenset()
-    strict: bool = False
+    refused: AmbientCall | None = None
 
     @property
     def __name__(self) -> str:
@@ -191,8 +191,8 @@ class PromoteCall(_Packed):
         counted = [value for key, value in given.items() if key not in self.optional]
         tensors = (leaf for leaf in pytree.tree_leaves(counted) if isinstance(leaf, torch.Tensor))
         dtypes = [tensor.dtype for tensor in tensors if _castable(tensor)]
-        if self.strict and not promotable(dtypes, self.low):
-            raise RuntimeError(f"{self.__name__}: unexpected floating dtypes {dtypes} under autocast to {self.low}")
+        if self.refused is not None and not promotable(dtypes, self.low):
+            return self.refused(*args, **kwargs)
         widest = functools.reduce(torch.promote_types, dtypes, self.low)
         order = reversed(given) if casts_last_argument_first() else iter(given)
         cast = {key: pytree.tree_map(lambda leaf: soft_cast(leaf, widest), given[key]) for key in order}

@@ -23,6 +23,8 @@ from fxamp.runtime.names import NamedGraphModule
 
 __all__ = ["CheckpointedModule"]
 
+_MODULE_STATE = frozenset(vars(nn.Module()))
+
 
 class CheckpointedModule(NamedGraphModule):
     """A module that saves and loads what the model does, in its way."""
@@ -31,9 +33,12 @@ class CheckpointedModule(NamedGraphModule):
     _values: Mapping[str, Any]  # what modules keep in Python, as it is in the graphs
 
     def _own_checkpoints(self) -> None:
-        self.__dict__["_values"] = _python_values(self._conversion)
+        self._note_values()
         self.__dict__["_load_state_dict_post_hooks"] = OrderedDict(self._load_state_dict_post_hooks)
         super().register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]  # called also when a module around this one loads
+
+    def _note_values(self) -> None:
+        self.__dict__["_values"] = _python_values(self._conversion)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """That of the model, and of the loss when it has parameters."""
@@ -71,12 +76,13 @@ class CheckpointedModule(NamedGraphModule):
 def _loaded(module: Any, _: Any) -> None:
     conversion: Conversion = module._conversion
     refresh(conversion)
+    module._follow_tensors()  # ``assign=True`` may bring other dtypes
     traced, now = module._values, _python_values(conversion)
     if now != traced:
         _check_traceable(conversion, next(path for path in now if now[path] != traced.get(path)))
         conversion.follow_modules()
         module._activate()
-        module.__dict__["_values"] = now
+        module._note_values()
 
 
 def _check_traceable(conversion: Conversion, path: str) -> None:
@@ -92,7 +98,7 @@ def _check_traceable(conversion: Conversion, path: str) -> None:
 
 def _python_values(conversion: Conversion) -> dict[str, Any]:
     """What the modules that were traced into keep in Python: it is in the graphs."""
-    return {path: (_plain_values(module), python_state(module)) for path, module in _traced_into(conversion)}
+    return {path: _values_of(module) for path, module in _traced_into(conversion)}
 
 
 def _traced_into(conversion: Conversion) -> Iterator[tuple[str, nn.Module]]:
@@ -103,9 +109,11 @@ def _traced_into(conversion: Conversion) -> Iterator[tuple[str, nn.Module]]:
     return iter([] if f"{WHOLE}." in called else [(p, m) for p, m in named if not f"{p}.".startswith(called)])
 
 
-def _plain_values(module: nn.Module) -> dict[str, Any]:
-    plain = bool | int | float | str | None | torch.dtype
-    return {name: value for name, value in vars(module).items() if name != "training" and isinstance(value, plain)}
+def _values_of(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps beside tensors, submodules and functions, in a form that can be compared."""
+    others = nn.Module | torch.Tensor
+    own = {name for name, value in vars(module).items() if not (callable(value) or isinstance(value, others))}
+    return {name: value for name, value in python_state(module).items() if name in own - _MODULE_STATE}
 
 
 def _split(state_dict: Any, path: str) -> tuple[Any, dict[str, Any]]:

@@ -6,52 +6,26 @@ one. The later stages (rewriting, reporting) are handed in as functions, so that
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from fxamp.capture import Layout, Program, Traced, values_of
+from fxamp.capture import Layout, Program, Setting, Traced, grad_mode, values_of
 from fxamp.errors import CaptureError, PolicyError, nearest
-from fxamp.plan import PrecisionPlan
 from fxamp.plan.rules import check_overridable
 from fxamp.policy import Policy
+from fxamp.runtime.asked import Asked, Stages, ambient_of, base_layout, dtypes_of, mode_of
 from fxamp.runtime.scaler import GradScaler
 from fxamp.runtime.variant import Variant
 
-__all__ = ["Asked", "Conversion", "Stages", "dtypes_of"]
+__all__ = ["Conversion"]
 
 MAX_VARIANTS = 32
-MAX_STARS = 4
-
-
-class Stages(NamedTuple):
-    """The stages after capture.
-
-    ``build`` makes plan and graph of what was traced; ``report`` shows them; ``freeze`` folds the weights of
-    a conversion into the low dtype, and tells which keep a low copy beside them.
-    """
-
-    build: Callable[..., tuple[PrecisionPlan, fx.Graph]]
-    report: Callable[..., Any]
-    freeze: Callable[..., dict[str, tuple[str, torch.dtype]]]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the user asked for; None where fxamp chooses."""
-
-    policy: Policy
-    device_type: str | None = None
-    dtype: torch.dtype | None = None
-
-    def resolve(self, tree: nn.Module) -> Policy:
-        """The policy for the device that the model is on, unless one was asked for."""
-        device_type = self.device_type or self.policy.device_type or _device_type(tree)
-        return self.policy.resolved(device_type, self.dtype)
 
 
 @dataclass
@@ -97,13 +71,16 @@ class Conversion:
         Raises:
             CaptureError, PlanError, PolicyError: as the stages do.
         """
-        policy = asked.resolve(program.whole)
-        mode = _mode_of(program.whole)
-        base = layout if layout is not None else _base_layout(program, mode, policy)
+        policy, adopted = asked.resolve(program.whole), program.adopted
+        mode = mode_of(program.whole)
+        base = layout if layout is not None else base_layout(program, mode, policy)
         new = Conversion(program, asked, stages, policy, mode, base, examples)
         for name in dict.fromkeys((mode, "train", "eval")):
             new._trace(name, base)
         new._finish()
+        if program.adopted != adopted:  # it has modules now whose mode and device count
+            return Conversion.start(program, asked, stages, layout, examples)
+        program.settle()
         return new
 
     def _finish(self) -> None:
@@ -111,9 +88,10 @@ class Conversion:
         self.dtypes = dtypes_of(self.program.whole)
         known, self.traced = self.traced, []
         for mode, traced in known:
-            if traced.serves(traced.modes, _ambient(self.policy)):
+            setting = Setting(traced.modes, ambient_of(self.policy), traced.grad[0] if traced.grad else grad_mode())
+            if traced.serves(setting, self._attribute):
                 self.traced.append((mode, traced))
-            else:
+            elif traced.layout == self.layout:
                 self._trace(mode, traced.layout)
         self.variants = [(mode, self._build(mode, traced)) for mode, traced in self.traced]
         self._check_op_overrides()
@@ -130,17 +108,29 @@ class Conversion:
         trees = any(slot.kind == "tree" for slot in self.layout)
         return len(values) if values == self.program.signature.required and not trees else -1
 
-    def _trace(self, mode: str, layout: Layout, examples: list[Any] | None = None) -> Traced:
-        flags = self.program.flags(mode)
+    def _trace(self, mode: str, layout: Layout, values: list[Any] | None = None) -> Traced:
+        """A graph for calls of this layout, with values like these, in this mode and the current grad mode."""
+        setting = self._setting(mode)
+        if layout == self.layout and (self.examples is None or values is None):
+            values = self.examples
         for _, known in self.traced:
-            if known.layout == layout and known.serves(flags, _ambient(self.policy)):
+            fits = known.layout == layout and known.serves(setting, self._attribute)
+            if fits and (values is None or known.goes_this_way(values)):
                 break
         else:
-            if layout == self.layout:
-                examples = self.examples
-            known = self.program.trace(layout, flags, _ambient(self.policy), examples)
+            known = self.program.trace(layout, setting, values)
         self.traced.append((mode, known))
         return known
+
+    def trace_for(self, mode: str, known: Traced) -> Traced:
+        """A graph for such calls as a known one is for, in this mode and the current grad mode."""
+        return known if known.serves(self._setting(mode), self._attribute) else self._trace(mode, known.layout)
+
+    def _setting(self, mode: str) -> Setting:
+        return Setting(self.program.flags(mode), ambient_of(self.policy), grad_mode())
+
+    def _attribute(self, path: str) -> Any:
+        return self.program.attribute(path)
 
     def _build(self, mode: str, traced: Traced) -> Variant:
         for other, variant in self.variants:
@@ -148,13 +138,13 @@ class Conversion:
                 return variant
         examples = self.examples if traced.layout == self.layout else None
         plan, graph = self.stages.build(self.program, traced, self.policy, mode, examples)
-        return Variant(traced, plan, graph, observed=tuple(map(_observed, examples or ())))
+        return Variant.of(self.program, traced, plan, graph, examples)
 
     def by_rule(self, variant: Variant) -> Variant:
         """The same graph planned for inputs of any dtype."""
         if variant.by_rule is None:
             plan, graph = self.stages.build(self.program, variant.traced, self.policy, self.mode, None)
-            variant.by_rule = Variant(variant.traced, plan, graph)
+            variant.by_rule = Variant.of(self.program, variant.traced, plan, graph)
         return variant.by_rule
 
     @property
@@ -167,20 +157,19 @@ class Conversion:
     def variant_for(self, values: Mapping[str, Any], *, bake_numbers: bool = False) -> Variant:
         """The graph for a call with these arguments; numbers are baked in when code branches on them."""
         signature = self.program.signature
-        layout, baked = signature.layout(values), signature.layout(values, bake_numbers=True)
-        if bake_numbers or layout in self.refused:
-            return self.variant(baked, values)
-        try:
-            return self.variant(layout, values)
-        except CaptureError:
-            if layout == baked:
-                raise
-            self.refused.append(layout)
-            return self.variant(baked, values)
+        layout = signature.layout(values, bake_numbers=bake_numbers)
+        if layout not in self.refused:
+            try:
+                return self.variant(layout, values)
+            except CaptureError:
+                if layout == signature.layout(values, bake_numbers=True):
+                    raise
+                self.refused.append(layout)
+        return self.variant(signature.layout(values, bake_numbers=True), values)
 
     def variant(self, layout: Layout, values: Mapping[str, Any]) -> Variant:
         """The graph for a call of this layout in the current mode; traced now when it is the first such call."""
-        if (found := self.find(layout)) is not None:
+        if (found := self.find(layout, values)) is not None:
             return found
         if self.frozen is not None:
             raise _not_before_freezing(self.program, [slot.name for slot in layout if slot not in self.layout])
@@ -193,10 +182,11 @@ class Conversion:
         self.variants.append((self.mode, self._build(self.mode, traced)))
         return self.variants[-1][1]
 
-    def find(self, layout: Layout) -> Variant | None:
-        """The graph for a call of this layout in the current mode, when there is one."""
+    def find(self, layout: Layout, values: Mapping[str, Any] | None = None) -> Variant | None:
+        """The graph for a call of this layout, and with these values, in the current mode, when there is one."""
         for mode, variant in self.variants:
-            if mode == self.mode and variant.traced.layout == layout:
+            fits = mode == self.mode and variant.traced.layout == layout
+            if fits and (values is None or not variant.particular or variant.serves(values_of(layout, values))):
                 return variant
         return None
 
@@ -211,7 +201,13 @@ class Conversion:
         return True
 
     def follow_modules(self) -> None:
-        """Traces anew: what modules are, or keep in Python, is other than when they were traced."""
+        """Traces anew: modules that were traced into have hooks now, other parameters, or other values in Python.
+
+        Raises:
+            CaptureError: when the weights are rounded for the graphs as they are.
+        """
+        if self.frozen is not None:
+            raise _changed_after_freezing(self.program)
         self.traced, self.variants = [], []
         for mode in dict.fromkeys((self.mode, "train", "eval")):
             self._trace(mode, self.layout)
@@ -248,6 +244,13 @@ class Conversion:
             new.scaler.load_state_dict(self.scaler.state_dict())
         return new
 
+    def cloned(self, clone: Callable[[Any], Any]) -> Conversion:
+        """The same graphs, over what ``clone`` makes of each module."""
+        program = copy.copy(self.program)
+        program.become(clone)
+        variants = [(mode, variant.over(program, clone)) for mode, variant in self.variants]
+        return replace(self, program=program, variants=variants)
+
     def _check_op_overrides(self) -> None:
         decisions = (decision for _, variant in self.variants for decision in variant.plan)
         seen = {decision.aten for decision in decisions if decision.aten and decision.reason != "in-place"}
@@ -275,24 +278,9 @@ class Conversion:
         for mode, traced, plan, graph, observed in packed["variants"]:
             whole = replace(traced, graph=unpack(traced.graph))
             new.traced.append((mode, whole))
-            new.variants.append((mode, Variant(whole, plan, unpack(graph), observed=observed)))
+            variant = Variant.of(new.program, whole, plan, unpack(graph))
+            new.variants.append((mode, replace(variant, observed=observed)))
         return new
-
-
-def _base_layout(program: Program, mode: str, policy: Policy) -> Layout:
-    """The layout to begin with; how many ``*args`` there are is tried out, until a call tells."""
-    failed: CaptureError | None = None
-    for stars in range(1, MAX_STARS + 1) if program.signature.starred else ():
-        layout = program.signature.base_layout(stars)
-        try:
-            program.trace(layout, program.flags(mode), _ambient(policy))
-        except CaptureError as error:
-            failed = failed or error
-        else:
-            return layout
-    if failed is not None:
-        raise failed
-    return program.signature.base_layout()
 
 
 def _not_before_freezing(program: Program, given: list[str]) -> CaptureError:
@@ -302,29 +290,9 @@ def _not_before_freezing(program: Program, given: list[str]) -> CaptureError:
     )
 
 
-def _observed(example: Any) -> tuple[torch.dtype, bool] | None:
-    return (example.dtype, example.dim() == 0) if isinstance(example, torch.Tensor) else None
-
-
-def _ambient(policy: Policy) -> tuple[str, torch.dtype] | None:
-    if policy.name == "full" or policy.device_type is None or policy.dtype is None:
-        return None
-    return policy.device_type, policy.dtype
-
-
-def _mode_of(tree: nn.Module) -> str:
-    flags = {module.training for module in tree.modules()}
-    if len(flags) > 1:
-        return "as_is"
-    return "train" if flags.pop() else "eval"
-
-
-def dtypes_of(tree: nn.Module) -> tuple[torch.dtype, ...]:
-    """The dtypes of the parameters and buffers, in order."""
-    return tuple(tensor.dtype for tensor in (*tree.parameters(), *tree.buffers()))
-
-
-def _device_type(tree: nn.Module) -> str:
-    tensors = (*tree.parameters(), *tree.buffers())
-    found = tensors[0].device.type if tensors else "cpu"
-    return found if found in ("cuda", "cpu") else "cpu"
+def _changed_after_freezing(program: Program) -> CaptureError:
+    return CaptureError(
+        f"the modules of {program.name} were changed after it was frozen: found other hooks, parameters or values than "
+        f"its graphs were made for",
+        hint="change the module that it was frozen from, then amp.freeze()",
+    )

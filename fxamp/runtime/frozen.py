@@ -6,13 +6,17 @@ dtype, so nothing can be traced or planned on them that the model in float32 wou
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
+from typing import Any
+
 import torch
 
-from fxamp.capture import Layout, Program
+from fxamp.capture import Program, Traced
 from fxamp.capture.clone import tensor_copies
 from fxamp.dtypes import abbreviate
 from fxamp.errors import FxampError, PolicyError
-from fxamp.runtime.conversion import Conversion, dtypes_of
+from fxamp.runtime.asked import dtypes_of
+from fxamp.runtime.conversion import Conversion
 
 __all__ = ["check_thawed", "frozen", "own_tensors", "refresh"]
 
@@ -22,9 +26,11 @@ def frozen(conversion: Conversion) -> Conversion:
     new = conversion.replanned(conversion.policy, own_tensors(conversion.program))
     new.mode = "eval"
     for _, traced in list(new.traced):
-        _prepare(new, traced.layout)
+        _prepare(new, traced)
     new.frozen = new.stages.freeze(new)
     new.dtypes = dtypes_of(new.program.whole)
+    new.variants = [(mode, variant.of_frozen(new.program)) for mode, variant in new.variants]
+    new.traced = [(mode, variant.traced) for mode, variant in new.variants]
     for parameter in new.program.whole.parameters():
         parameter.requires_grad_(False)
     return new
@@ -61,12 +67,12 @@ def check_thawed(conversion: Conversion) -> None:
     )
 
 
-def _prepare(conversion: Conversion, layout: Layout) -> None:
-    """Traces a kind of call in eval mode that was made in train mode only."""
-    if conversion.find(layout) is not None:
-        return
-    try:
-        traced = conversion._trace("eval", layout)
-    except FxampError:
-        return  # it is refused when it comes
-    conversion.variants.append(("eval", conversion._build("eval", traced)))
+def _prepare(conversion: Conversion, known: Traced) -> None:
+    """Has a kind of call in eval mode too, and in each grad mode when that makes a difference."""
+    modes: tuple[Any, ...] = (torch.enable_grad, torch.no_grad, torch.inference_mode) if known.grad else (nullcontext,)
+    for mode in modes:
+        with suppress(FxampError):  # what cannot be traced is refused when it comes
+            with mode():
+                traced = conversion.trace_for("eval", known)
+            if not any(variant.traced is traced and name == "eval" for name, variant in conversion.variants):
+                conversion.variants.append(("eval", conversion._build("eval", traced)))

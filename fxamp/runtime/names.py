@@ -43,10 +43,9 @@ class NamedGraphModule(fx.GraphModule):
         """Becomes the root of the module tree: its tensors, submodules, hooks and mode."""
         inherited = nn.Module().__dict__
         for name, value in program.tree.__dict__.items():
-            if name in inherited and not (program.has_loss and name in CALL_HOOKS):
+            if name in inherited and (program.hooked or name not in CALL_HOOKS):
                 self.__dict__[name] = value
-        if program.loss_path:
-            self.__dict__["_modules"] = program.whole._modules
+        self.__dict__["_modules"] = program.whole._modules
         for module in program.loss_tree.modules() if program.loss_tree is not None else ():
             module._non_persistent_buffers_set = set(module._buffers)
         self.__dict__["_root"] = root = _root_of(self, program)
@@ -68,7 +67,11 @@ class NamedGraphModule(fx.GraphModule):
 
     def __getattr__(self, name: str) -> Any:
         root = self.__dict__.get("_root")
-        return root.__dict__[name] if root is not None and name in root.__dict__ else super().__getattr__(name)
+        # A hook of the model's is given this module, and reads what the model's own constructor set.
+        for own in (vars(root), vars(root.__dict__[WHOLE])) if root is not None else ():
+            if name in own:
+                return own[name]
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         root = self.__dict__.get("_root")

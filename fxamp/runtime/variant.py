@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxamp.capture import Traced
+from fxamp.capture import Program, Traced, grad_mode
+from fxamp.errors import CaptureError, describe
 from fxamp.plan import PrecisionPlan
+from fxamp.runtime.footing import Footing
 
 __all__ = ["Variant"]
 
@@ -22,14 +24,43 @@ class Variant:
     traced: Traced
     plan: PrecisionPlan
     graph: fx.Graph
+    footing: Footing
     function: Any = None
     code: str = ""
     ambient: bool = False
     guarded: bool = False
     mode_flags: tuple[tuple[nn.Module, bool], ...] = ()
     asked: tuple[int, ...] = ()  # placeholders whose type the model asked for
+    tensors: tuple[tuple[Callable[[], Any], str, Any], ...] = ()  # what the model asked of its own, and the answers
     observed: tuple[tuple[torch.dtype, bool] | None, ...] = ()  # dtype, and whether 0-dim, of the example inputs
     by_rule: Variant | None = None  # planned without them
+    particular: bool = False  # whether it is not for every grad mode, whatever its tensors and numbers
+
+    @staticmethod
+    def of(
+        program: Program,
+        traced: Traced,
+        plan: PrecisionPlan,
+        graph: fx.Graph,
+        examples: Sequence[Any] | None = None,
+    ) -> Variant:
+        """The graph of a program's trace, planned for such examples when there are any."""
+        tensors = _readers(program, traced)
+        particular = bool(traced.grad or tensors) or traced.asks_numbers()
+        observed = tuple(map(_observed, examples or ()))
+        footing = Footing(program, traced)
+        return Variant(traced, plan, graph, footing, tensors=tensors, observed=observed, particular=particular)
+
+    def over(self, program: Program, clone: Callable[[Any], Any]) -> Variant:
+        """The same graph over the modules of a clone of its program."""
+        flags = tuple((clone(module), flag) for module, flag in self.mode_flags)
+        footing, tensors = Footing(program, self.traced), _readers(program, self.traced)
+        return replace(self, footing=footing, tensors=tensors, mode_flags=flags, by_rule=None)
+
+    def of_frozen(self, program: Program) -> Variant:
+        """The same graph over weights in the low dtype, which is no news to what the model asked of them."""
+        traced = replace(self.traced, tensors={})
+        return replace(Variant.of(program, traced, self.plan, self.graph), observed=self.observed)
 
     def fits(self, values: Sequence[Any]) -> bool:
         """Whether the dtypes of these inputs are those that it was planned for, when it was planned for some."""
@@ -39,3 +70,34 @@ class Variant:
                 if value.dtype is not dtype or (value.dim() == 0) is not scalar:
                     return False
         return True
+
+    def serves(self, values: Sequence[Any]) -> bool:
+        """Whether it is for the current grad mode and tensors, and for these values of the placeholders."""
+        return (
+            self.traced.grad in ((), (grad_mode(),))
+            and all(getattr(read(), name) == value for read, name, value in self.tensors)
+            and self.traced.goes_this_way(values)
+        )
+
+    def check_kinds(self, values: Sequence[Any]) -> None:
+        """Refuses another value than a tensor where the model asked for its type.
+
+        Raises:
+            CaptureError: when there is one.
+        """
+        names = [node.name for node in self.traced.graph.nodes if node.op == "placeholder"]
+        for i in self.asked:
+            if not isinstance(values[i], torch.Tensor):
+                raise CaptureError(
+                    f"the graph was traced with a tensor for '{names[i]}', whose type the model asks for; "
+                    f"found {describe(values[i])}",
+                    hint="convert with example_inputs=... that have it",
+                )
+
+
+def _readers(program: Program, traced: Traced) -> tuple[tuple[Callable[[], Any], str, Any], ...]:
+    return tuple((program.reader(path), name, value) for (path, name), value in traced.tensors.items())
+
+
+def _observed(example: Any) -> tuple[torch.dtype, bool] | None:
+    return (example.dtype, example.dim() == 0) if isinstance(example, torch.Tensor) else None

@@ -109,9 +109,10 @@ def _outcome(
 
 
 def _mixes(tensors: list[Tensor]) -> Iterable[tuple[torch.dtype, ...]]:
+    """The dtypes that the floating inputs have in turn: all in float32, and some in a low dtype."""
     yield (torch.float32,)
-    if sum(tensor.is_floating_point() for tensor in tensors) > 1:
-        yield (torch.bfloat16, torch.float32)
+    several = sum(tensor.is_floating_point() for tensor in tensors) > 1
+    yield (torch.bfloat16, torch.float32) if several else (torch.bfloat16,)
 
 
 def _shown(values: list[Any]) -> str:

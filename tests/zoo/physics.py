@@ -324,7 +324,6 @@ PHYSICS: dict[str, Case] = {
         lambda: (torch.randn(3, 3), torch.randn(3, 3), torch.linspace(2, 6, 5).expand(3, 5).contiguous()),
         loss=lambda out, t: F.mse_loss(out["rgb"], t),
         loss_args=randn((3, 3)),
-        symbolic=False,
     ),
     "siren": Case(Siren, randn((6, 2)), loss=F.mse_loss, loss_args=randn((6, 1))),
     "neural_ode": Case(NeuralODE, randn((3, 4)), loss=F.l1_loss, loss_args=randn((4, 3, 4))),
