@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fxamp
 from fxamp.capture.facts import UNTOLD, Facts
 from tests.helpers import assert_same, run
+from tests.oracle import cuda_rules
 
 BF16 = torch.bfloat16
 
@@ -102,13 +103,26 @@ def on_dtype(x: Tensor) -> Tensor:
     return (y if y.dtype == torch.float32 else y * 2) + (z if z.dtype == torch.float32 else z * 2)
 
 
-def test_data_is_not_told_nor_dtypes_that_the_autocast_of_a_gpu_decides() -> None:
+def test_data_is_not_told() -> None:
     def on_data(x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x
 
-    for model, device_type in ((on_data, "cpu"), (on_dtype, "cuda")):
-        with pytest.raises(fxamp.CaptureError, match="depends on a tensor value"):
-            fxamp.convert(model, device_type=device_type, example_inputs=(torch.randn(3, 3),))
+    with pytest.raises(fxamp.CaptureError, match="depends on a tensor value"):
+        fxamp.convert(on_data, example_inputs=(torch.randn(3, 3),))
+
+
+def test_a_dtype_under_the_rules_of_a_gpu_is_told() -> None:
+    def on_dtypes(x: Tensor, index: Tensor) -> Tensor:
+        values = (x @ x, (x @ x).softmax(-1), (x @ x)[index].pow(2), torch.einsum("ij,jk->ik", x, x), x.cumsum(0) + x)
+        values = (*values, torch.addcmul(x @ x, x, x), F.layer_norm(x @ x, (3,)), F.embedding(index, x) @ x)
+        return sum(value * (2 if value.dtype == BF16 else 3) for value in values)
+
+    inputs = torch.randn(3, 3), torch.tensor([2, 0, 1])
+    amp = fxamp.convert(on_dtypes, dtype=BF16, device_type="cuda", example_inputs=inputs)
+    with cuda_rules(), torch.autocast("cpu", BF16):
+        expected = on_dtypes(*inputs)
+    with cuda_rules():
+        assert_same(amp(*inputs), expected)
 
 
 def test_the_dtype_of_an_input_is_told_for_every_device() -> None:

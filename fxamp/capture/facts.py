@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import torch
@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
+from fxamp.capture.away import cast_all, prepared
 from fxamp.capture.calls import MODE_CALLS, has_hooks
 from fxamp.capture.clone import clone_tree
 from fxamp.capture.regions import AutocastState, autocast_as, state_of
@@ -171,20 +172,31 @@ class Facts:
         if not doubtful and self._device_type == "cpu":
             return self._called(node, self._values.__getitem__)
         if not doubtful:
+            values = {source: self._values[source] for source in sources}
+            prepare = prepared(node, values.values(), self._state(node), self._device_type)
+            if prepare is not None:
+                return self._called(node, lambda source: prepare(values[source]))
             with suppress(Exception):  # fake tensors can be said to be on a GPU, and its autocast asked
-                values = {source: moved(self._values[source], "cuda") for source in sources}
-                return moved(self._called(node, values.__getitem__, "cuda"), "cpu")
+                away = {source: moved(value, "cuda") for source, value in values.items()}
+                return moved(self._called(node, away.__getitem__, "cuda"), "cpu")
         self._doubtful.add(node)
 
         def in_float32(source: fx.Node) -> Any:
-            value = _in_float32(self._values[source])
+            # In one dtype: autocast would have seen to it that dtypes fit, and only shapes count.
+            value = cast_all(self._values[source], dtype=torch.float32)
             return torch.float32 if value is _CASTABLE and not compares else value
 
         return self._called(node, in_float32)
 
+    def _state(self, node: fx.Node) -> AutocastState:
+        """The autocast state that a call is made in."""
+        off = AutocastState(torch._C.get_autocast_dtype(self._device_type), enabled=False)
+        return state_of(node.meta.get("regions", ()), self._device_type, self._ambient or off)
+
     def _called(self, node: fx.Node, value_of: Callable[[fx.Node], Any], device: str = "") -> Any:
         args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, value_of)
-        with self._mode, _autocast(node, self._device_type, self._ambient):
+        state = self._state(node)
+        with self._mode, autocast_as(self._device_type, state.dtype, enabled=state.enabled):
             if node.op == "call_module":
                 fake = (lambda value: moved(self._fake(value), device)) if device else self._fake
                 return run_on_fakes(self._attribute(str(node.target)), args, kwargs, fake)
@@ -272,19 +284,3 @@ def without_log() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
-
-
-def _autocast(node: fx.Node, device_type: str, ambient: AutocastState | None) -> AbstractContextManager[None]:
-    """The autocast state that a call is made in."""
-    off = AutocastState(torch._C.get_autocast_dtype(device_type), enabled=False)
-    state = state_of(node.meta.get("regions", ()), device_type, ambient or off)
-    return autocast_as(device_type, state.dtype, enabled=state.enabled)
-
-
-def _in_float32(value: Any) -> Any:
-    """The value in one dtype: autocast would have seen to it that dtypes fit, and only shapes count."""
-
-    def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.float() if is_castable(tensor.dtype) else tensor
-
-    return value if isinstance(value, torch.Size) else pytree.tree_map_only(torch.Tensor, cast, value)

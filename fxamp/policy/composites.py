@@ -353,6 +353,7 @@ _unsafe_masked_index_put_accumulate -       same
 _weight_norm_interface              -       -
 affine_grid_generator               -       -
 convolution                         listed  -
+embedding_renorm_                   -       same
 isin                                same    -
 ldexp                               -       same
 ldexp_                              -       same
