@@ -115,8 +115,8 @@ def _check_loss(graph: fx.Graph, observer: FakeObserver) -> None:
         raise not_a_scalar(f"shape {shape}")
 
 
-def _freeze(conversion: Conversion) -> None:
-    fold_weight_casts(conversion.program.whole, [variant.graph for _, variant in conversion.variants])
+def _freeze(conversion: Conversion) -> dict[str, tuple[str, torch.dtype]]:
+    return fold_weight_casts(conversion.program, [variant.graph for _, variant in conversion.variants])
 
 
 _STAGES = Stages(_build, report_of, _freeze)

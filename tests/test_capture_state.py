@@ -450,7 +450,7 @@ def test_a_frozen_module_goes_the_way_of_the_one_that_was_frozen() -> None:
     assert_same(frozen(x), amp(x))
     assert all(p.requires_grad for p in model.parameters()), "what was frozen is left as it is"
     assert not any(p.requires_grad for p in frozen.parameters())
-    with pytest.raises(fxamp.PolicyError, match=r"its weights in torch.bfloat16(?s:.*)hint: replan before amp.freeze"):
+    with pytest.raises(fxamp.PolicyError, match=r"policy autocast/cpu bf16(?s:.*)hint: amp.replan\(policy\)"):
         amp.freeze().replan("full")
 
 

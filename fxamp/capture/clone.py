@@ -6,15 +6,18 @@ and buffer. What a forward does to ``self`` while it is traced stays in the clon
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Iterable, Mapping
 from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.jit._recursive import wrap_cpp_module
+from torch.utils import _pytree as pytree
 
-__all__ = ["clone_tree", "clone_trees", "is_compiled"]
+__all__ = ["clone_tree", "clone_trees", "is_compiled", "tensor_copies"]
 
 
 def clone_tree(model: nn.Module) -> nn.Module:
@@ -33,10 +36,36 @@ def clone_tree(model: nn.Module) -> nn.Module:
     return clone_trees(model, None)[0]
 
 
-def clone_trees(model: nn.Module, loss: nn.Module | None) -> tuple[nn.Module, nn.Module | None]:
-    """Copies of two module trees as ``clone_tree`` makes them; what they share, the copies share."""
-    memo: dict[int, Any] = {}
+def clone_trees(
+    model: nn.Module, loss: nn.Module | None, known: Mapping[int, Any] | None = None
+) -> tuple[nn.Module, nn.Module | None]:
+    """Copies of two module trees as ``clone_tree`` makes them; what they share, the copies share.
+
+    Args:
+        model: the one tree.
+        loss: the other.
+        known: by identity, what is to be in the place of a tensor or a module.
+    """
+    memo: dict[int, Any] = dict(known or {})
     return _clone(model, memo), None if loss is None else _clone(loss, memo)
+
+
+def tensor_copies(modules: Iterable[nn.Module], *others: Any) -> dict[int, Any]:
+    """Copies of the tensors that modules and containers keep, and of scripted modules, by identity of the original."""
+    copies: dict[int, Any] = {}
+    storages: dict[int, Any] = {}  # what shares memory does so in the copies
+    values, seen = pytree.tree_leaves([list(modules), *map(list, others)]), set()
+    for value in values:
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            copies[id(value)] = copy.deepcopy(value if value.is_leaf else value.detach(), storages)
+        elif isinstance(value, torch.jit.ScriptModule):
+            copies[id(value)] = copy.deepcopy(value, storages)
+        elif isinstance(value, nn.Module):
+            values.extend(pytree.tree_leaves(list(vars(value).values())))
+    return copies
 
 
 def _clone(value: Any, memo: dict[int, Any]) -> Any:

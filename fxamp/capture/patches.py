@@ -86,6 +86,8 @@ def tensor_calls(
                     with torch._C.DisableTorchFunctionSubclass():
                         return answer(args[0], attribute)
                 return record(getattr, (args[0], attribute), {}) if attribute in _VIEWS else func(*args)
+            if name in ("__set__", "__delete__"):
+                raise TraceError(f"sets the attribute '{func.__self__.__name__}' of a tensor")
             if name in _FACTS or not _has_tensor(args, kwargs):
                 return func(*args, **kwargs)
             if is_tensor_method_or_property(func):

@@ -24,6 +24,7 @@ from fxamp.capture.entry import Entry
 from fxamp.capture.facts import Facts
 from fxamp.capture.failures import capture_error, name_of
 from fxamp.capture.holder import adopt, bound_to, entry_of, holder_of, unowned
+from fxamp.capture.members import find, member
 from fxamp.capture.outside import Outside
 from fxamp.capture.patches import mode_of, python_state
 from fxamp.capture.setting import Setting, Traced, grad_mode_as
@@ -120,13 +121,18 @@ class Program:
         return view
 
     def _top_modules(self) -> dict[str, nn.Module | None]:
-        loss = {self.loss_path: self.loss_tree} if self.loss_path else {}
-        return {**self.tree._modules, **loss}
+        own = self.tree._modules
+        return {**own, self.loss_path: self.loss_tree} if self.loss_path else own
 
     @property
     def original(self) -> nn.Module:
         """The model as the user has it; an empty module for a program that was unpickled."""
         return self._holder
+
+    @property
+    def is_function(self) -> bool:
+        """Whether a function is traced, on the user's own modules, and not a method of a clone."""
+        return self._function is not None
 
     def attribute(self, path: str) -> Any:
         """The parameter, buffer, tensor or module that a graph reads under this name."""
@@ -136,11 +142,11 @@ class Program:
         """A function that gives what ``attribute`` gives, now and later."""
         if path in self.extras:
             return partial(self.extras.__getitem__, path)
-        if path in (THIS, WHOLE):
+        if path in (THIS, WHOLE, ""):
             return lambda: self.tree
         owner, _, name = path.rpartition(".")
-        module = self.whole.get_submodule(owner) if owner or path == self.loss_path else self.tree
-        return partial(getattr, module, name)
+        in_loss = bool(self.loss_path) and path.partition(".")[0] == self.loss_path
+        return partial(member, find(self.whole if in_loss else self.tree, owner), name)
 
     def flags(self, mode: str) -> dict[str, bool]:
         """Module path to ``training`` flag in "train", "eval" or "as_is", as the model's own ``train`` sets it."""
@@ -154,12 +160,14 @@ class Program:
     def become(self, clone: Callable[[Any], Any]) -> None:
         """Goes over to what ``clone`` makes of its modules."""
         self.tree, self.loss_tree, self._top = clone(self.tree), clone(self.loss_tree), clone(self._top)
+        self.extras = {name: clone(value) for name, value in self.extras.items()}
 
-    def shared(self) -> Program:
-        """A program of its own module tree over the same tensors."""
-        new = copy.copy(self)
-        tree, loss_tree = clone_trees(self.tree, self.loss_tree)
-        new.__dict__.update(self.__dict__, tree=tree, loss_tree=loss_tree, extras=dict(self.extras))
+    def shared(self, copies: Mapping[int, Any] | None = None) -> Program:
+        """A program of its own module tree over the same tensors, or over the copies that are given for them."""
+        new, known = copy.copy(self), copies or {}
+        tree, loss_tree = clone_trees(self.tree, self.loss_tree, known)
+        extras = {name: known.get(id(value), value) for name, value in self.extras.items()}
+        new.__dict__.update(self.__dict__, tree=tree, loss_tree=loss_tree, extras=extras)
         new._top = new._top_modules()
         return new
 

@@ -17,6 +17,7 @@ from fxamp.capture.builtins import unpatched
 from fxamp.capture.deciding import DecidingTracer
 from fxamp.capture.facts import Facts
 from fxamp.capture.generators import Generators
+from fxamp.capture.members import owns
 from fxamp.capture.objects import is_literal, is_remade, parts_of, refuse_what_is_traced
 from fxamp.capture.proxy import AmpParameterProxy
 from fxamp.capture.reach import reachable
@@ -121,6 +122,8 @@ class ReadingTracer(DecidingTracer):
         name = next((key for key, known in self.extras.items() if known is value), None)
         if name is None:
             name = f"_constant_{len(self.extras)}"
+            while owns(self._by_path[""], name):
+                name += "_"
             self.extras[name] = value
         return name
 

@@ -49,7 +49,7 @@ from fxamp.policy.spellings import aten_name
 
 __all__ = ["THIS", "WHOLE", "AmpTracer"]
 
-THIS, WHOLE = "_this", "_whole"  # what a graph calls the converted module, and the model as one call
+THIS, WHOLE = "_fxamp_this", "_fxamp_whole"  # what a graph calls the converted module, and the model as one call
 
 # Modules whose behaviour depends on their own mode (which users switch one by one), or whose forward
 # is known not to trace.

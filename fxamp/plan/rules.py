@@ -15,16 +15,16 @@ import torch
 from torch import fx
 
 from fxamp.capture import AutocastState
-from fxamp.errors import PlanError
+from fxamp.errors import PlanError, PolicyError
 from fxamp.plan.calls import Call
 from fxamp.plan.decision import Decision
 from fxamp.plan.results import USER_CASTS
 from fxamp.policy import Policy, Ruling
 from fxamp.policy.operators import is_aten, operator_rules, transparent
 
-__all__ = ["Rules", "banned", "unexpected"]
+__all__ = ["Rules", "banned", "check_overridable", "unexpected"]
 
-# The user's own casts and the parts of a value are what they are, whatever the module's override.
+# The user's own casts and the parts of a value are what they are, whatever the override.
 _EXEMPT: Final = frozenset({"getitem", "getattr", "alias", *USER_CASTS})
 
 
@@ -98,6 +98,20 @@ def unexpected(decision: Decision, dtypes: Iterable[torch.dtype | None]) -> Plan
         f"{_named(decision)} is refused by torch.autocast: it gets {found}, expected {low} and float32 only",
         hint="cast what is in another 16-bit dtype with .float() before it",
     )
+
+
+def check_overridable(aten: str) -> None:
+    """Refuses an override of an operator that no rule decides about.
+
+    Raises:
+        PolicyError: with its name.
+    """
+    if aten in _EXEMPT:
+        raise PolicyError(
+            f"the override 'aten::{aten}' is for a cast of the model's own or a part of a value: these have no rule, "
+            f"they stay as they are",
+            hint="override the operator that takes its result",
+        )
 
 
 def _named(decision: Decision) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxamp.capture import AutocastState
-from fxamp.capture.calls import enter_inference_mode, exit_inference_mode
+from fxamp.capture.calls import enter_inference_mode, exit_inference_mode, has_hooks
 from fxamp.dtypes import is_castable
 from fxamp.plan.aliasing import Writes, storage_of
 from fxamp.plan.calls import Call, argument_nodes
@@ -53,6 +53,7 @@ class Sharing:
         self._may_be: dict[fx.Node, frozenset[object]] = {}  # the leaves that a value may be
         self._leaves: dict[str, frozenset[object]] = {}  # the same, by the name of the node
         self._ambient_leaves: set[object] = set()
+        self._given: frozenset[object] = frozenset()  # to calls that are not seen into, which may keep them
         self._grad_modes = 0  # how often the grad mode was switched
         self._first_dtype: dict[tuple[object, int], torch.dtype] = {}
 
@@ -70,7 +71,7 @@ class Sharing:
         fresh = from_table or not (kind in (None, "first") or hands_on)
         self._writes.define(node, fresh=fresh)
         if not call.steering and (not call.aten or call.aten in _MAKES_LEAVES):
-            self._may_be[node] = frozenset({node.name})
+            self._may_be[node] = frozenset({node.name}) | self._handed_on(node, call)
         elif hands_on:
             self._may_be[node] = frozenset().union(*(self._may_be[n] for n in node.all_input_nodes))
         else:
@@ -78,6 +79,15 @@ class Sharing:
         self._writes.write(call.writes)
         for module in self._modules(node):
             self._writes.touch(storage_of(tensor) for tensor in (*module.parameters(), *module.buffers()))
+
+    def _handed_on(self, node: fx.Node, call: Call) -> frozenset[object]:
+        """The leaves that a call which is not seen into may give back: any that such calls got, or that it has."""
+        modules = self._modules(node)
+        if call.aten or (modules and all(_is_torchs(module) for module in modules)):
+            return frozenset()
+        self._given |= {id(p) for module in modules for p in module.parameters()}
+        self._given |= frozenset().union(*(self._may_be[source] for source in node.all_input_nodes))
+        return self._given
 
     def cast(self, cast: Cast, source: fx.Node, state: AutocastState, *, share: bool) -> Cast:
         """The cast with the key under which it is shared, or marked to be looked up at run time."""
@@ -144,6 +154,11 @@ class Sharing:
         value = self._attribute(str(node.target))
         is_leaf = isinstance(value, torch.Tensor) and value.requires_grad
         return frozenset({id(value)} if is_leaf else ())
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Whether a module, with all that it calls, is one of torch's own, which make new tensors."""
+    return all(m.__class__.__module__.startswith("torch.nn.") and not has_hooks(m) for m in module.modules())
 
 
 def _looked_up(decisions: list[Decision]) -> list[Decision]:

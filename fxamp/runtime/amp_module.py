@@ -13,15 +13,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxamp.capture import Program, values_of
-from fxamp.capture.calls import CALL_HOOKS, enter_inference_mode, leave_inference_modes
+from fxamp.capture.calls import enter_inference_mode, leave_inference_modes
 from fxamp.capture.packing import pack_graph, unpack_graph
 from fxamp.errors import CaptureError, FxampError, describe
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
 from fxamp.runtime.casts import HELD, AmbientCall, Held, execution_device_type, leaf_cast
+from fxamp.runtime.checkpoints import CheckpointedModule
 from fxamp.runtime.conversion import Conversion
 from fxamp.runtime.inspection import Inspection
 from fxamp.runtime.scaler import GradScaler
@@ -33,38 +34,20 @@ _PLAIN = frozenset({torch.Tensor, nn.Parameter, int, float})  # anything else ma
 _GUARDED = frozenset({torch._C._set_grad_enabled, enter_inference_mode, leaf_cast})
 
 
-class AmpModule(fx.GraphModule):
+class AmpModule(CheckpointedModule):
     """A mixed-precision ``GraphModule`` that shares its parameters and buffers with the model it came from.
 
-    It is made by ``fxamp.convert``. A submodule of the model that is called ``scaler``, ``policy``, ``plan``,
-    ``report`` or the like keeps its name; ``fxamp.inspect(amp)`` then reaches what is hidden.
+    It is made by ``fxamp.convert``. A submodule of the model that is called ``scaler``, ``policy``, ``graph``,
+    ``code`` or the like keeps its name; ``fxamp.inspect(amp)`` then reaches what is hidden.
     """
 
-    _conversion: Conversion
-
     def __init__(self, conversion: Conversion) -> None:
-        super().__init__(nn.Module(), fx.Graph(), class_name="AmpModule")
+        super().__init__("AmpModule")
         self.__dict__["_conversion"] = conversion
         self._adopt(conversion.program)
-        self._show_own_names()
+        self._own_checkpoints()
         self._activate()
         conversion.scaler._bind(self)
-
-    def _adopt(self, program: Program) -> None:
-        """Becomes the root of the module tree: its tensors, submodules, hooks and mode."""
-        inherited = set(nn.Module().__dict__).difference(() if program.hooked else CALL_HOOKS)
-        for name, value in program.tree.__dict__.items():
-            if name in inherited or isinstance(value, torch.Tensor):
-                self.__dict__[name] = value
-        self.__dict__["_modules"] = program.whole._modules
-        for module in program.loss_tree.modules() if program.loss_tree is not None else ():
-            module._non_persistent_buffers_set = set(module._buffers)
-
-    def _show_own_names(self) -> None:
-        """A submodule, parameter or buffer of the model hides the attribute of ours that has its name."""
-        for name in _OURS:
-            if name in self._modules or name in self._parameters or name in self._buffers:
-                setattr(type(self), name, property(functools.partial(_own, name=name)))
 
     # -- running -----------------------------------------------------------------------------------
 
@@ -102,13 +85,15 @@ class AmpModule(fx.GraphModule):
         if variant.ambient and (self._conversion.held is not None or torch.is_autocast_enabled(device_type)):
             self._conversion.forget_stale_copies()  # autocast itself would hand them out as long as a region is open
         shares = variant.guarded or HELD or self._conversion.held is not None
-        if shares and not torch.compiler.is_compiling():
+        if shares and torch.compiler.is_compiling():
+            return self._run_compiling(variant, values, device_type)
+        if shares:
             return self._run_guarded(variant, values, device_type)
         if variant.ambient or torch.is_autocast_enabled(device_type):
             # The graph has its casts; one context around all opaque calls lets them share autocast's cache.
             with torch.autocast(device_type, enabled=False):
-                return variant.function(self, *values)
-        return variant.function(self, *values)
+                return variant.function(self._root, *values)
+        return variant.function(self._root, *values)
 
     def _run_guarded(self, variant: Variant, values: Any, device_type: str) -> Any:
         """For graphs that switch the grad mode, which an exception must not leave switched, and held weights."""
@@ -116,11 +101,20 @@ class AmpModule(fx.GraphModule):
         HELD.append(Held(self._conversion.held if self._conversion.held is not None else {}, {}))
         try:
             with torch.autocast(device_type, enabled=False):
-                return variant.function(self, *values)
+                return variant.function(self._root, *values)
         finally:
             HELD.pop()
             leave_inference_modes(depth)
             torch._C._set_grad_enabled(grad_mode)
+
+    def _run_compiling(self, variant: Variant, values: Any, device_type: str) -> Any:
+        """The same in what torch.compile can trace."""
+        HELD.append(Held({}, {}, []))
+        try:
+            with torch.autocast(device_type, enabled=False):
+                return variant.function(self._root, *values)
+        finally:
+            HELD.pop()
 
     def _variant_for(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, bake_numbers: bool = False
@@ -136,8 +130,9 @@ class AmpModule(fx.GraphModule):
         """Makes the graph of the current mode the one that ``graph`` and ``code`` show."""
         variant = self._conversion.base
         if variant.function is None:
-            self.graph = variant.graph
-            self._finish(variant)
+            self._graph = variant.graph
+            variant.graph.owning_module = self
+            AmpModule.recompile(self)
         self._graph, self._code = variant.graph, variant.code
 
     def _compiled(self, variant: Variant) -> Variant:
@@ -148,7 +143,7 @@ class AmpModule(fx.GraphModule):
     def _compile(self, variant: Variant) -> None:
         shown = self._graph, self._code
         self._graph = variant.graph
-        super().recompile()
+        self._generate(self._conversion.program)
         self._take(variant)
         self._finish(variant)
         self._graph, self._code = shown
@@ -159,10 +154,8 @@ class AmpModule(fx.GraphModule):
         variant.guarded = not _GUARDED.isdisjoint(targets)
         placeholders = [node for node in variant.traced.graph.nodes if node.op == "placeholder"]
         variant.asked = tuple(i for i, node in enumerate(placeholders) if node.meta.get("asked"))
-        variant.mode_flags = tuple(
-            (self.get_submodule(path), flag) for path, flag in variant.traced.modes.items() if path
-        )
-        self.__dict__.update(self._conversion.program.extras)
+        variant.mode_flags = tuple((self._member(path), flag) for path, flag in variant.traced.modes.items() if path)
+        self._show_written(variant.graph)
 
     def _take(self, variant: Variant) -> None:
         """Keeps the generated function; ``forward`` of the class stays ours, which binds the arguments."""
@@ -173,11 +166,13 @@ class AmpModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Regenerates the code of ``graph``, as on any GraphModule."""
-        code = super().recompile()
-        if "_conversion" in self.__dict__:
-            self._take(self._conversion.base)
-        else:
+        if "_root" not in self.__dict__:
+            code = super().recompile()
             del type(self).forward
+            return code
+        code, variant = self._generate(self._conversion.program), self._conversion.base
+        self._take(variant)
+        self._finish(variant)
         return code
 
     def train(self, mode: bool = True) -> AmpModule:
@@ -194,12 +189,6 @@ class AmpModule(fx.GraphModule):
         self._follow_tensors()
         return self
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module; with ``assign=True`` the casts are planned anew for the dtypes that came."""
-        result = super().load_state_dict(*args, **kwargs)
-        self._follow_tensors()
-        return result
-
     def _follow_tensors(self) -> None:
         if self._conversion.follow_tensors():
             self._activate()
@@ -210,21 +199,9 @@ class AmpModule(fx.GraphModule):
         conversion = self._conversion
         if variant.footing.needs_a_trace() or not conversion.follow_tensors():
             conversion.follow_modules()
+            self._note_values()
         self._activate()
         conversion.scaler._bind(self)
-
-    def __getattr__(self, name: str) -> Any:
-        # A hook of the model's is given this module, and reads what the model's own constructor set.
-        own = self.__dict__["_conversion"].program.tree.__dict__ if "_conversion" in self.__dict__ else {}
-        return own[name] if name in own else super().__getattr__(name)
-
-    @property
-    def _this(self) -> AmpModule:
-        return self  # what an assignment to ``self`` in the model's own forward writes to
-
-    @property
-    def _whole(self) -> nn.Module:
-        return self._conversion.program.tree  # the model as one call, when it could not be traced into
 
     def _remade(self, conversion: Conversion) -> AmpModule:
         """A module of another conversion."""
@@ -233,6 +210,7 @@ class AmpModule(fx.GraphModule):
     # -- copies ------------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple[Any, ...]:
+        self._settle(self._conversion.program)
         return _restore, (self._conversion.packed(pack_graph), self.training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AmpModule:
@@ -248,10 +226,18 @@ class AmpModule(fx.GraphModule):
         own = {**self.__dict__, "_conversion": None}
         new.__dict__.update({name: clone(value, memo) for name, value in own.items()})
         new.__dict__["_conversion"] = self._conversion.cloned(functools.partial(clone, memo=memo))
+        new._note_values()
         return new
 
     def __copy__(self) -> AmpModule:
-        return inspect(self).replan(self._conversion.policy)
+        if self._conversion.frozen is None:
+            return inspect(self).replan(self._conversion.policy)
+        return self._copied(self._conversion.program.shared())
+
+    def _copied(self, program: Program) -> AmpModule:
+        """The same graphs on the modules of another program."""
+        packed = {**self._conversion.packed(pack_graph), "program": program}
+        return _restore({**packed, "scaler": copy.deepcopy(packed["scaler"])}, self.training)
 
     # -- what belongs to it ------------------------------------------------------------------------
 
@@ -290,8 +276,9 @@ class AmpModule(fx.GraphModule):
     def freeze(self) -> AmpModule:
         """A new module for inference, in eval mode, whose weights are stored in the low dtype.
 
-        Its outputs are bitwise those of this module in eval mode. Weights that are also used in float32
-        keep their dtype and get a low copy beside it. This module is left as it is.
+        Its outputs are bitwise those of this module in eval mode with ``requires_grad_(False)``, which some kernels of
+        torch ask for, and for the kinds of calls that were made before. It shares no tensor with this module. Weights
+        that are also used in float32 keep their dtype and get a low copy beside it.
         """
         return inspect(self).freeze()
 
@@ -303,9 +290,6 @@ class AmpModule(fx.GraphModule):
         return inspect(self).hold_weights()
 
 
-_OURS = ("policy", "plan", "scaler", "report", "replan", "freeze", "hold_weights")
-
-
 def inspect(amp: AmpModule) -> Inspection:
     """Policy, plan, report and scaler of a converted module, whatever its submodules are called.
 
@@ -315,10 +299,6 @@ def inspect(amp: AmpModule) -> Inspection:
     if not isinstance(amp, AmpModule):
         raise FxampError(f"found a {type(amp).__name__}: expected an AmpModule", hint="amp = fxamp.convert(model)")
     return Inspection(amp)
-
-
-def _own(amp: AmpModule, name: str) -> Any:
-    return nn.Module.__getattr__(amp, name)
 
 
 def _restore(packed: Any, training: bool) -> AmpModule:

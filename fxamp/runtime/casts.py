@@ -37,12 +37,18 @@ __all__ = [
 
 Copies = dict[tuple[int, torch.dtype, int, int], tuple[torch.Tensor, int, torch.Tensor]]
 
+Traced = list[tuple[torch.Tensor, tuple[torch.dtype, int, int], torch.Tensor]]
+
 
 class Held(NamedTuple):
-    """Low copies that outlive one cast: of weights and of other tensors, by identity and dtype."""
+    """Low copies that outlive one cast: of weights and of other tensors, by identity and dtype.
+
+    ``compiling`` is None, or has all of them in a forward that torch.compile traces: it knows no identity but ``is``.
+    """
 
     weights: Copies
     others: Copies
+    compiling: Traced | None = None
 
 
 # One entry for each forward that is running and shares casts at run time.
@@ -81,6 +87,9 @@ def leaf_cast(value: Any, dtype: torch.dtype, epoch: int = -1, writes: int = 0) 
     """
     if not isinstance(value, torch.Tensor) or not HELD or value.dtype != torch.float32:
         return soft_cast(value, dtype)
+    compiling = HELD[-1].compiling
+    if compiling is not None:
+        return _kept_compiling(compiling, value, (dtype, epoch, writes)) if value.is_leaf else value.to(dtype)
     if (value.requires_grad and (not value.is_leaf or value._is_view())) or value.is_inference():
         return value.to(dtype)
     held = HELD[-1]
@@ -90,7 +99,12 @@ def leaf_cast(value: Any, dtype: torch.dtype, epoch: int = -1, writes: int = 0) 
 
 def cast_weight(weight: torch.Tensor, dtype: torch.dtype, epoch: int = -1, writes: int = 0) -> torch.Tensor:
     """The weight in the low dtype: cast now, or the copy that ``hold_weights`` keeps."""
-    return _kept(HELD[-1].weights, weight, dtype, epoch, writes) if HELD else weight.to(dtype)
+    if not HELD:
+        return weight.to(dtype)
+    compiling = HELD[-1].compiling
+    if compiling is not None:
+        return _kept_compiling(compiling, weight, (dtype, epoch, writes))
+    return _kept(HELD[-1].weights, weight, dtype, epoch, writes)
 
 
 def _kept(copies: Copies, value: torch.Tensor, dtype: torch.dtype, epoch: int, writes: int) -> torch.Tensor:
@@ -101,6 +115,16 @@ def _kept(copies: Copies, value: torch.Tensor, dtype: torch.dtype, epoch: int, w
         with torch.inference_mode(False), torch.enable_grad():
             kept = copies[id(value), dtype, epoch, writes] = (value, version, value.to(dtype))
     return kept[2]
+
+
+def _kept_compiling(copies: Traced, value: torch.Tensor, key: tuple[torch.dtype, int, int]) -> torch.Tensor:
+    for known, made, low in copies:
+        if known is value and made == key:
+            return low
+    with torch.enable_grad():
+        low = value.to(key[0])
+    copies.append((value, key, low))
+    return low
 
 
 def execution_device_type(device_type: str) -> str:

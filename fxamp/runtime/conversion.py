@@ -10,49 +10,22 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from fxamp.capture import Ambient, Layout, Program, Setting, Traced, grad_mode, values_of
+from fxamp.capture import Layout, Program, Setting, Traced, grad_mode, values_of
 from fxamp.errors import CaptureError, PolicyError, nearest
-from fxamp.plan import PrecisionPlan
+from fxamp.plan.rules import check_overridable
 from fxamp.policy import Policy
-from fxamp.runtime.footing import Footing
+from fxamp.runtime.asked import Asked, Stages, ambient_of, base_layout, dtypes_of, mode_of
 from fxamp.runtime.scaler import GradScaler
 from fxamp.runtime.variant import Variant
 
-__all__ = ["Asked", "Conversion", "Stages"]
+__all__ = ["Conversion"]
 
 MAX_VARIANTS = 32
-MAX_STARS = 4
-
-
-class Stages(NamedTuple):
-    """The stages after capture.
-
-    ``build`` makes plan and graph of what was traced; ``report`` shows them; ``freeze`` folds the weights of
-    a conversion into the low dtype.
-    """
-
-    build: Callable[..., tuple[PrecisionPlan, fx.Graph]]
-    report: Callable[..., Any]
-    freeze: Callable[..., None]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the user asked for; None where fxamp chooses."""
-
-    policy: Policy
-    device_type: str | None = None
-    dtype: torch.dtype | None = None
-
-    def resolve(self, tree: nn.Module) -> Policy:
-        """The policy for the device that the model is on, unless one was asked for."""
-        device_type = self.device_type or self.policy.device_type or _device_type(tree)
-        return self.policy.resolved(device_type, self.dtype)
 
 
 @dataclass
@@ -70,7 +43,7 @@ class Conversion:
         dtypes: those of the parameters and buffers when the graphs were planned.
         refused: layouts whose numbers have to be baked in.
         written: how often the parameters had been written to at the last call that looked.
-        frozen: whether the weights are stored in the low dtype.
+        frozen: None, or what ``freeze`` told when the weights were stored in the low dtype.
     """
 
     program: Program
@@ -87,7 +60,7 @@ class Conversion:
     dtypes: tuple[torch.dtype, ...] = ()
     refused: list[Layout] = field(default_factory=list)
     written: int = -1
-    frozen: bool = False
+    frozen: dict[str, tuple[str, torch.dtype]] | None = None
 
     @staticmethod
     def start(
@@ -99,8 +72,8 @@ class Conversion:
             CaptureError, PlanError, PolicyError: as the stages do.
         """
         policy, adopted = asked.resolve(program.whole), program.adopted
-        mode = _mode_of(program.whole)
-        base = layout if layout is not None else _base_layout(program, mode, policy)
+        mode = mode_of(program.whole)
+        base = layout if layout is not None else base_layout(program, mode, policy)
         new = Conversion(program, asked, stages, policy, mode, base, examples)
         for name in dict.fromkeys((mode, "train", "eval")):
             new._trace(name, base)
@@ -112,10 +85,10 @@ class Conversion:
 
     def _finish(self) -> None:
         """Plans everything traced, and pairs the scaler."""
-        self.dtypes = _dtypes(self.program.whole)
+        self.dtypes = dtypes_of(self.program.whole)
         known, self.traced = self.traced, []
         for mode, traced in known:
-            setting = Setting(traced.modes, _ambient(self.policy), traced.grad[0] if traced.grad else grad_mode())
+            setting = Setting(traced.modes, ambient_of(self.policy), traced.grad[0] if traced.grad else grad_mode())
             if traced.serves(setting, self._attribute):
                 self.traced.append((mode, traced))
             elif traced.layout == self.layout:
@@ -137,7 +110,7 @@ class Conversion:
 
     def _trace(self, mode: str, layout: Layout, values: list[Any] | None = None) -> Traced:
         """A graph for calls of this layout, with values like these, in this mode and the current grad mode."""
-        setting = Setting(self.program.flags(mode), _ambient(self.policy), grad_mode())
+        setting = self._setting(mode)
         if layout == self.layout and (self.examples is None or values is None):
             values = self.examples
         for _, known in self.traced:
@@ -149,6 +122,13 @@ class Conversion:
                 known = self.program.trace(layout, setting, values)
         self.traced.append((mode, known))
         return known
+
+    def trace_for(self, mode: str, known: Traced) -> Traced:
+        """A graph for such calls as a known one is for, in this mode and the current grad mode."""
+        return known if known.serves(self._setting(mode), self._attribute) else self._trace(mode, known.layout)
+
+    def _setting(self, mode: str) -> Setting:
+        return Setting(self.program.flags(mode), ambient_of(self.policy), grad_mode())
 
     def _attribute(self, path: str) -> Any:
         return self.program.attribute(path)
@@ -173,7 +153,9 @@ class Conversion:
     @property
     def base(self) -> Variant:
         """The graph of the current mode for the call that was converted."""
-        return next(v for mode, v in self.variants if mode == self.mode and v.traced.layout == self.layout)
+        found = self.find(self.layout)
+        assert found is not None
+        return found
 
     def variant_for(self, values: Mapping[str, Any], *, bake_numbers: bool = False) -> Variant:
         """The graph for a call with these arguments; numbers are baked in when code branches on them."""
@@ -190,10 +172,10 @@ class Conversion:
 
     def variant(self, layout: Layout, values: Mapping[str, Any]) -> Variant:
         """The graph for a call of this layout in the current mode; traced now when it is the first such call."""
-        for mode, variant in self.variants:
-            fits = mode == self.mode and variant.traced.layout == layout
-            if fits and (not variant.particular or variant.serves(values_of(layout, values))):
-                return variant
+        if (found := self.find(layout, values)) is not None:
+            return found
+        if self.frozen is not None:
+            raise _not_before_freezing(self.program, [slot.name for slot in layout if slot not in self.layout])
         if len(self.variants) >= MAX_VARIANTS:
             raise CaptureError(
                 f"{MAX_VARIANTS} kinds of calls were traced already: an optional argument changes with every call",
@@ -203,15 +185,36 @@ class Conversion:
         self.variants.append((self.mode, self._build(self.mode, traced)))
         return self.variants[-1][1]
 
+    def find(self, layout: Layout, values: Mapping[str, Any] | None = None) -> Variant | None:
+        """The graph for a call of this layout, and with these values, in the current mode, when there is one."""
+        for mode, variant in self.variants:
+            fits = mode == self.mode and variant.traced.layout == layout
+            if fits and (values is None or not variant.particular or variant.serves(values_of(layout, values))):
+                return variant
+        return None
+
     def follow_tensors(self) -> bool:
         """Plans anew when the tensors are on a device with other rules, or of other dtypes; whether they are."""
-        policy, dtypes = self.asked.resolve(self.program.whole), _dtypes(self.program.whole)
+        policy, dtypes = self.asked.resolve(self.program.whole), dtypes_of(self.program.whole)
         if (policy, dtypes) == (self.policy, self.dtypes):
             return False
         self.policy, self.variants = policy, []
         self.examples = None  # they were for the tensors as they had been
         self._finish()
         return True
+
+    def follow_modules(self) -> None:
+        """Traces anew: modules that were traced into have hooks now, other parameters, or other values in Python.
+
+        Raises:
+            CaptureError: when the weights are rounded for the graphs as they are.
+        """
+        if self.frozen is not None:
+            raise _changed_after_freezing(self.program)
+        self.traced, self.variants = [], []
+        for mode in dict.fromkeys((self.mode, "train", "eval")):
+            self._trace(mode, self.layout)
+        self._finish()
 
     def forget_stale_copies(self) -> None:
         """Empties the cache of autocast when a parameter was written to since the last time."""
@@ -221,48 +224,21 @@ class Conversion:
             torch.clear_autocast_cache()
         self.written = versions
 
-    def follow_modules(self) -> None:
-        """Traces anew: modules that were traced into have hooks now, or other parameters."""
-        self.traced, self.variants = [], []
-        for mode in dict.fromkeys((self.mode, "train", "eval")):
-            self._trace(mode, self.layout)
-        self._finish()
-
-    def settle(self) -> None:
-        """Takes the tensors for what the graphs were made for."""
-        self.dtypes = _dtypes(self.program.whole)
-        for _, variant in self.variants:
-            variant.footing = Footing(self.program, variant.traced)
-
-    def replanned(self, policy: Policy, *, freezes: bool = False) -> Conversion:
-        """A conversion of the same traces under another policy, with a module tree of its own.
-
-        Args:
-            policy: the other one.
-            freezes: whether its weights are about to be stored in the low dtype, which is no news to the traces.
-
-        Raises:
-            PolicyError: when the weights were stored in the low dtype, and the policy would need them as they were.
-        """
-        if self.frozen and policy.name == "full":
-            raise PolicyError(
-                f"a frozen module has its weights in {self.policy.dtype}: policy 'full' needs them as they were",
-                hint="replan before amp.freeze()",
-            )
+    def replanned(self, policy: Policy, program: Program | None = None) -> Conversion:
+        """A conversion of the same traces under another policy, with a module tree of its own."""
         asked = replace(self.asked, policy=policy)
         if policy.device_type is not None:
             asked = replace(asked, device_type=None)
         if policy.dtype is not None:
             asked = replace(asked, dtype=None)
-        program = self.program.shared()
+        program = program if program is not None else self.program.shared()
         new = replace(
             self,
             program=program,
             asked=asked,
             policy=asked.resolve(program.whole),
             variants=[],
-            traced=[(mode, replace(t, tensors={}) if freezes else t) for mode, t in self.traced],
-            frozen=self.frozen or freezes,
+            traced=list(self.traced),
             scaler=GradScaler(enabled=False),
             held=None,
         )
@@ -282,6 +258,7 @@ class Conversion:
         decisions = (decision for _, variant in self.variants for decision in variant.plan)
         seen = {decision.aten for decision in decisions if decision.aten and decision.reason != "in-place"}
         for aten, _ in self.policy.ops:
+            check_overridable(aten)
             if aten not in seen:
                 close = nearest(aten, seen)
                 hint = f"write 'aten::{close}'" if close else "print(amp.report()) lists the operators of the model"
@@ -309,40 +286,16 @@ class Conversion:
         return new
 
 
-def _base_layout(program: Program, mode: str, policy: Policy) -> Layout:
-    """The layout to begin with; how many ``*args`` there are is tried out, until a call tells."""
-    failed: CaptureError | None = None
-    for stars in range(1, MAX_STARS + 1) if program.signature.starred else ():
-        layout = program.signature.base_layout(stars)
-        try:
-            program.trace(layout, Setting(program.flags(mode), _ambient(policy), grad_mode()))
-        except CaptureError as error:
-            failed = failed or error
-        else:
-            return layout
-    if failed is not None:
-        raise failed
-    return program.signature.base_layout()
+def _not_before_freezing(program: Program, given: list[str]) -> CaptureError:
+    return CaptureError(
+        f"{program.name} was frozen before a call that gives {', '.join(given) or 'such arguments'}",
+        hint="call amp that way once, then amp.freeze()",
+    )
 
 
-def _ambient(policy: Policy) -> Ambient:
-    if policy.name == "full" or policy.device_type is None or policy.dtype is None:
-        return None
-    return policy.device_type, policy.dtype
-
-
-def _mode_of(tree: nn.Module) -> str:
-    flags = {module.training for module in tree.modules() if hasattr(module, "training")}
-    if len(flags) > 1:
-        return "as_is"
-    return "train" if flags.pop() else "eval"
-
-
-def _dtypes(tree: nn.Module) -> tuple[torch.dtype, ...]:
-    return tuple(tensor.dtype for tensor in (*tree.parameters(), *tree.buffers()))
-
-
-def _device_type(tree: nn.Module) -> str:
-    tensors = (*tree.parameters(), *tree.buffers())
-    found = tensors[0].device.type if tensors else "cpu"
-    return found if found in ("cuda", "cpu") else "cpu"
+def _changed_after_freezing(program: Program) -> CaptureError:
+    return CaptureError(
+        f"the modules of {program.name} were changed after it was frozen: found other hooks, parameters or values than "
+        f"its graphs were made for",
+        hint="change the module that it was frozen from, then amp.freeze()",
+    )

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx
 
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
+from fxamp.runtime.frozen import check_thawed, frozen, own_tensors
 from fxamp.runtime.scaler import GradScaler
 
 if TYPE_CHECKING:
@@ -37,6 +38,16 @@ class Inspection:
         return self._conversion.base.plan
 
     @property
+    def graph(self) -> fx.Graph:
+        """The graph of the current mode."""
+        return self._conversion.base.graph
+
+    @property
+    def code(self) -> str:
+        """The code that was generated of it."""
+        return self._conversion.base.code
+
+    @property
     def scaler(self) -> GradScaler:
         """The paired gradient scaler."""
         return self._conversion.scaler
@@ -48,19 +59,18 @@ class Inspection:
 
     def replan(self, policy: str | Policy) -> AmpModule:
         """A new module under another policy."""
+        check_thawed(self._conversion)
+        self._amp._settle(self._conversion.program)
         amp = self._amp._remade(self._conversion.replanned(Policy.of(policy)))
         return amp.train(self._amp.training)
 
     def freeze(self) -> AmpModule:
-        """A new module for inference with low weights."""
+        """A new module for inference with low weights, and with tensors of its own."""
+        self._amp._settle(self._conversion.program)
         with torch.inference_mode(False):  # the weights are to serve inputs that want a gradient, too
-            conversion = self._conversion.replanned(self._conversion.policy, freezes=True)
-            conversion.mode = "eval"
-            conversion.stages.freeze(conversion)
-            conversion.settle()
-            amp = self._amp._remade(conversion)
-            _detach_parameters(amp)
-            return amp.eval()
+            if self._conversion.frozen is not None:
+                return self._amp._copied(own_tensors(self._conversion.program)).eval()
+            return self._amp._remade(frozen(self._conversion)).eval()
 
     @contextmanager
     def hold_weights(self) -> Iterator[None]:
@@ -74,13 +84,3 @@ class Inspection:
             conversion.held = outer
             if torch.autocast_decrement_nesting() == 0:
                 torch.clear_autocast_cache()
-
-
-def _detach_parameters(amp: AmpModule) -> None:
-    """Gives a module parameters of its own that are not trained, over the same memory."""
-    own: dict[int, nn.Parameter] = {}
-    for module in amp.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad:
-                new = own.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=False))
-                module._parameters[name] = new

@@ -57,6 +57,11 @@ class Variant:
         footing, tensors = Footing(program, self.traced), _readers(program, self.traced)
         return replace(self, footing=footing, tensors=tensors, mode_flags=flags, by_rule=None)
 
+    def of_frozen(self, program: Program) -> Variant:
+        """The same graph over weights in the low dtype, which is no news to what the model asked of them."""
+        traced = replace(self.traced, tensors={})
+        return replace(Variant.of(program, traced, self.plan, self.graph), observed=self.observed)
+
     def fits(self, values: Sequence[Any]) -> bool:
         """Whether the dtypes of these inputs are those that it was planned for, when it was planned for some."""
         for value, expected in zip(values, self.observed, strict=False):
