@@ -1,7 +1,8 @@
 """What lives in a converted module."""
 
 from fxamp.runtime.amp_module import AmpModule, inspect
-from fxamp.runtime.conversion import Asked, Conversion, Stages
+from fxamp.runtime.asked import Asked
+from fxamp.runtime.conversion import Conversion, Stages
 from fxamp.runtime.inspection import Inspection
 from fxamp.runtime.scaler import GradScaler
 from fxamp.runtime.variant import Variant

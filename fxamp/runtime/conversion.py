@@ -19,11 +19,12 @@ from fxamp.capture import Ambient, Layout, Program, Setting, Traced, grad_mode, 
 from fxamp.errors import CaptureError, PolicyError, nearest
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
+from fxamp.runtime.asked import Asked
 from fxamp.runtime.footing import Footing
 from fxamp.runtime.scaler import GradScaler
 from fxamp.runtime.variant import Variant
 
-__all__ = ["Asked", "Conversion", "Stages"]
+__all__ = ["Conversion", "Stages"]
 
 MAX_VARIANTS = 32
 MAX_STARS = 4
@@ -39,20 +40,6 @@ class Stages(NamedTuple):
     build: Callable[..., tuple[PrecisionPlan, fx.Graph]]
     report: Callable[..., Any]
     freeze: Callable[..., None]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the user asked for; None where fxamp chooses."""
-
-    policy: Policy
-    device_type: str | None = None
-    dtype: torch.dtype | None = None
-
-    def resolve(self, tree: nn.Module) -> Policy:
-        """The policy for the device that the model is on, unless one was asked for."""
-        device_type = self.device_type or self.policy.device_type or _device_type(tree)
-        return self.policy.resolved(device_type, self.dtype)
 
 
 @dataclass
@@ -340,9 +327,3 @@ def _mode_of(tree: nn.Module) -> str:
 
 def _dtypes(tree: nn.Module) -> tuple[torch.dtype, ...]:
     return tuple(tensor.dtype for tensor in (*tree.parameters(), *tree.buffers()))
-
-
-def _device_type(tree: nn.Module) -> str:
-    tensors = (*tree.parameters(), *tree.buffers())
-    found = tensors[0].device.type if tensors else "cpu"
-    return found if found in ("cuda", "cpu") else "cpu"
