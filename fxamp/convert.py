@@ -20,7 +20,7 @@ from fxamp.plan.observer import FakeObserver
 from fxamp.policy import DEVICE_TYPES, Policy, Ruling
 from fxamp.rewrite import fold_weight_casts, insert_casts, verify
 from fxamp.runtime import AmpModule, Asked, Conversion, Stages
-from fxamp.runtime.amp_module import not_a_scalar
+from fxamp.runtime.checks import not_a_scalar
 
 __all__ = ["convert"]
 

@@ -18,17 +18,18 @@ from torch import nn
 from fxamp.capture import Program, values_of
 from fxamp.capture.calls import enter_inference_mode, leave_inference_modes
 from fxamp.capture.packing import pack_graph, unpack_graph
-from fxamp.errors import CaptureError, FxampError, describe
+from fxamp.errors import FxampError
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
 from fxamp.runtime.casts import HELD, AmbientCall, Held, execution_device_type, leaf_cast
 from fxamp.runtime.checkpoints import CheckpointedModule
+from fxamp.runtime.checks import check_loss, other_mode
 from fxamp.runtime.conversion import Conversion
 from fxamp.runtime.inspection import Inspection
 from fxamp.runtime.scaler import GradScaler
 from fxamp.runtime.variant import Variant
 
-__all__ = ["AmpModule", "inspect", "not_a_scalar"]
+__all__ = ["AmpModule", "inspect"]
 
 _PLAIN = frozenset({torch.Tensor, nn.Parameter, int, float})  # anything else may need a graph of its own
 _GUARDED = frozenset({torch._C._set_grad_enabled, enter_inference_mode, leaf_cast})
@@ -74,10 +75,10 @@ class AmpModule(CheckpointedModule):
             variant = self._compiled(conversion.by_rule(variant))
         for module, training in variant.mode_flags:
             if module.training is not training:
-                raise _other_mode(self, module, training)
+                raise other_mode(self, module, training)
         result = self._run(variant, values)
         if conversion.program.has_loss:
-            _check_loss(result[0])
+            check_loss(result[0])
         return result
 
     def _run(self, variant: Variant, values: Any) -> Any:
@@ -305,23 +306,3 @@ def _restore(packed: Any, training: bool) -> AmpModule:
     amp = AmpModule(Conversion.unpacked(packed, unpack_graph))
     amp.__dict__["training"] = training
     return amp
-
-
-def _other_mode(amp: AmpModule, module: nn.Module, traced: bool) -> CaptureError:
-    path = next((name for name, found in amp.named_modules() if found is module), "")
-    return CaptureError(
-        f"submodule '{path}' has training={module.training}, but the graph was traced with training={traced}",
-        hint=f"put model.{path} into that mode before fxamp.convert(model), or switch the whole module",
-    )
-
-
-def _check_loss(loss: Any) -> None:
-    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-        return
-    found = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else describe(loss)
-    raise not_a_scalar(found)
-
-
-def not_a_scalar(found: str) -> FxampError:
-    """The error for a loss that gives something else."""
-    return FxampError(f"the loss returns {found}: expected one scalar", hint="reduce it, for example with .mean()")
