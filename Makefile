@@ -1,5 +1,6 @@
 # make demo: train two small networks in mixed precision, in under two minutes
-# make test: lint, format, types, tests
+# make test: lint, format, types, and every test that is for every day
+# make slow: the tests that take minutes more
 # Both need Python 3.11 or later and build their own virtual environment in .venv.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # One thread: the networks are small, and threads that wait for a busy core cost more than they bring.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test clean
+.PHONY: demo test slow clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -19,7 +20,10 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+slow: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n 2 -m slow
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -24,6 +24,7 @@ PLAIN = (
     table.test_the_rows_of_composites_name_operators,
     table.test_every_python_function_of_torch_is_decided,
     table.test_every_row_of_functions_names_a_function_and_an_operator,
+    table.test_a_function_stands_for_the_operator_of_its_name,
     table.test_the_cuda_rows_are_the_lists_of_the_installed_header,
 )
 EACH = (
@@ -32,6 +33,7 @@ EACH = (
     table.test_a_method_reaches_an_operator,
     table.test_arguments_choose_the_operator,
     table.test_a_key_in_words_names_an_operator,
+    table.test_an_argument_that_makes_another_operator_of_it_is_looked_at,
 )
 
 

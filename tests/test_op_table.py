@@ -22,7 +22,7 @@ from fxamp.policy import composites, operators
 from fxamp.policy.flow import ONE_DTYPE, _kinds, output_kind
 from fxamp.policy.operators import FORWARDS_TO, OPERATORS, operator_rules, packet_of, transparent
 from fxamp.policy.python_table import FUNCTIONS
-from fxamp.policy.spellings import aten_name, resolve_operator
+from fxamp.policy.spellings import _parameters, aten_name, resolve_operator
 from tests.samples import op_db, samples
 
 DEVICES = ("cuda", "cpu")
@@ -374,6 +374,37 @@ def test_every_row_of_functions_names_a_function_and_an_operator() -> None:
         assert operators.is_aten(name), line
         assert not rest[1:] or operators.is_aten(rest[1]), line
         assert resolve_operator(spelling) == name
+
+
+# Functions that are called otherwise than the operator that they reach.
+RENAMED = """
+    F.adaptive_max_pool1d_with_indices=adaptive_max_pool1d F.adaptive_max_pool2d_with_indices=adaptive_max_pool2d
+    F.adaptive_max_pool3d_with_indices=adaptive_max_pool3d F.affine_grid=affine_grid_generator
+    F.cross_entropy=cross_entropy_loss F.dropout1d=feature_dropout F.dropout2d=feature_dropout
+    F.dropout3d=feature_dropout F.fold=col2im F.grid_sample=grid_sampler F.logsigmoid=log_sigmoid
+    F.max_unpool1d=max_unpool2d F.softmin=softmax F.softsign=div F.tanhshrink=sub F.unfold=im2col
+""".split()
+
+
+def test_a_function_stands_for_the_operator_of_its_name() -> None:
+    renamed = dict(row.split("=") for row in RENAMED)
+    for line in FUNCTIONS.strip().splitlines():
+        spelling, name, *_ = line.split()
+        own = spelling.rpartition(".")[2]
+        assert name == renamed.get(spelling, own), line
+
+
+@pytest.mark.parametrize("argument", ["return_indices", "max_norm", "weight"])
+def test_an_argument_that_makes_another_operator_of_it_is_looked_at(argument: str) -> None:
+    weighted = ("mse_loss", "l1_loss", "huber_loss")
+    for line in FUNCTIONS.strip().splitlines():
+        function = getattr(F, line.split()[0].partition(".")[2], None) if line.startswith("F.") else None
+        if function is None or argument not in _parameters(function) or "_with_indices" in line.split()[0]:
+            continue
+        if argument == "weight" and function.__name__ not in weighted:
+            continue
+        plain = aten_name("call_function", function, (X, X))
+        assert aten_name("call_function", function, (X, X), {argument: True}) != plain, line
 
 
 @pytest.mark.parametrize(

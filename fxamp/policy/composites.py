@@ -65,7 +65,6 @@ batch_norm                       same                same
 broadcast_tensors                same                same
 broadcast_to                     same                same
 cartesian_prod                   same                same
-chalf                            same                same
 chunk                            same                same
 clip                             same                same
 clip_                            same                same
@@ -137,7 +136,6 @@ histogramdd                      same                same
 hsplit                           same                same
 hstack                           same                cat
 imag                             same                same
-inner                            -                   -
 instance_norm                    same                same
 inverse                          same                listed
 isclose                          same                same
@@ -194,7 +192,6 @@ native_channel_shuffle           same                same
 negative                         same                same
 negative_                        same                same
 nll_loss_nd                      nll_loss            nll_loss
-nonzero_numpy                    same                same
 not_equal                        same                same
 not_equal_                       same                same
 nuclear_norm                     listed              same

@@ -40,7 +40,6 @@ EXTRA: Final[Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]] = {
         lambda x: torch._C._nn._upsample_nearest_exact3d(x, [3] * 3, None),
         (_x(1, 2, 5, 5, 5),),
     ),
-    "chalf": (lambda x: x.chalf().real, (_x(2, 4),)),
     "fake_quantize_per_channel_affine": (
         lambda x: torch.fake_quantize_per_channel_affine(
             x, torch.ones(3), torch.zeros(3, dtype=torch.int32), 0, 0, 255
@@ -59,7 +58,6 @@ EXTRA: Final[Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]] = {
     "mvlgamma_": (lambda x: (x.abs() + 3).mvlgamma_(2), (_x(3, 4),)),
     "native_channel_shuffle": (lambda x: torch.native_channel_shuffle(x.detach(), 2), (_x(1, 4, 2, 2),)),
     "nll_loss_nd": (lambda x, y: torch._C._nn.nll_loss_nd(x, y, None, 1, -100), (_x(3, 4), _index(1, 0, 2))),
-    "nonzero_numpy": (lambda x: torch.nonzero(x > 0, as_tuple=True), (_x(3, 4),)),
     "nuclear_norm": (lambda x: torch.nuclear_norm(x.float()), (_x(3, 4),)),
     "pad_sequence": (lambda x: torch.nn.utils.rnn.pad_sequence([x, x[:2]]), (_x(3, 4),)),
     "pairwise_distance": (torch.pairwise_distance, (_x(3, 4), _x(3, 4) + 1)),
@@ -83,4 +81,25 @@ EXTRA: Final[Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]] = {
         (_x(2, 3),),
     ),
     "to_dense": (lambda x: x.to_sparse().to_dense() @ x.mT, (_x(3, 4),)),
+    "_euclidean_dist": (
+        lambda x, y: torch._euclidean_dist(x.detach().float(), y.detach().float()),
+        (_x(3, 4), _x(2, 4)),
+    ),
+    "_linalg_det": (lambda x: torch._linalg_det(x.float())[0], (_spd(),)),
+    "_linalg_slogdet": (lambda x: torch._linalg_slogdet(x.float())[1], (_spd(),)),
+    "_weight_norm_interface": (lambda x, y: torch._weight_norm_interface(x, y.abs(), 0)[0], (_x(3, 4), _x(3, 1))),
+    "arccosh_": (lambda x: (x.abs() + 2).detach().arccosh_(), (_x(3, 4),)),
+    "arcsinh_": (lambda x: (x * 1).detach().arcsinh_(), (_x(3, 4),)),
+    "arctanh_": (lambda x: (x * 0.1).detach().arctanh_(), (_x(3, 4),)),
+    "convolution": (
+        lambda x, y: torch.convolution(x, y, None, [1], [0], [1], False, [0], 1),
+        (_x(2, 3, 5), _x(4, 3, 2)),
+    ),
+    "embedding_renorm_": (lambda x: F.embedding(_index(0, 2), x.detach() * 1, max_norm=0.5), (_x(3, 4),)),
+    "upsample_bicubic2d": (lambda x: F.interpolate(x, 3, mode="bicubic"), (_x(1, 2, 5, 5),)),
+    "upsample_bilinear2d": (lambda x: F.interpolate(x, 3, mode="bilinear"), (_x(1, 2, 5, 5),)),
+    "upsample_linear1d": (lambda x: F.interpolate(x, 3, mode="linear"), (_x(1, 2, 5),)),
+    "upsample_nearest1d": (lambda x: torch._C._nn.upsample_nearest1d(x, [3], None), (_x(1, 2, 5),)),
+    "upsample_nearest3d": (lambda x: torch._C._nn.upsample_nearest3d(x, [3] * 3, None), (_x(1, 2, 5, 5, 5),)),
+    "upsample_trilinear3d": (lambda x: F.interpolate(x, 3, mode="trilinear"), (_x(1, 2, 5, 5, 5),)),
 }

@@ -37,7 +37,8 @@ _LISTS: dict[tuple[str, str], str] = {
         """,
     ("cuda", "examples"): """
         _unsafe_masked_index_put_accumulate addbmm bernoulli corrcoef cov istft item ldexp matrix_exp
-        multinomial nn.functional.embedding mvlgamma.mvlgamma_p_1 mvlgamma.mvlgamma_p_3 mvlgamma.mvlgamma_p_5 trace unravel_index
+        multinomial nn.functional.embedding mvlgamma.mvlgamma_p_1 mvlgamma.mvlgamma_p_3 mvlgamma.mvlgamma_p_5 trace
+        unravel_index
         """,
 }
 

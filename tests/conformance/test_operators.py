@@ -101,10 +101,12 @@ def seen_wrongly(device_type: str, names: Iterable[str]) -> list[tuple[Any, ...]
 
 
 # The rest is seen into.
+_EVERYWHERE = {"_euclidean_dist", "_linalg_det", "_linalg_slogdet", "_weight_norm_interface"}
 OPAQUE_EXTRA = {
-    ("cpu", False): {"inner"},
-    ("cuda", False): {"inner", "mvlgamma_"},
-    ("cuda", True): {"mvlgamma_"},
+    ("cpu", False): {*_EVERYWHERE, "convolution", "inner"},
+    ("cpu", True): {*_EVERYWHERE, "convolution"},
+    ("cuda", False): {*_EVERYWHERE, "embedding_renorm_", "inner", "mvlgamma_"},
+    ("cuda", True): {*_EVERYWHERE, "embedding_renorm_", "mvlgamma_"},
 }
 
 
