@@ -1063,3 +1063,22 @@ def test_a_container_that_the_caller_gives_is_not_filled_by_a_trace() -> None:
     for cache in ({}, {"h": torch.ones(8)}):
         with pytest.raises(fxamp.CaptureError, match="puts something into the dict it is given, which a graph would"):
             fxamp.convert(Net(remembers), example_inputs=(rows(), cache))
+
+
+COUNTS = {"calls": 0, "scale": 2.0}
+
+
+class CountsOutside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        COUNTS["calls"] += 1
+        return self.fc(x) * COUNTS["calls"]
+
+
+def test_what_a_forward_counts_in_a_dict_of_its_file_is_refused_and_put_back() -> None:
+    with pytest.raises(fxamp.CaptureError, match="counts in a dict of a global"):
+        fxamp.convert(CountsOutside())
+    assert COUNTS == {"calls": 0, "scale": 2.0}

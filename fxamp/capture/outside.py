@@ -37,6 +37,9 @@ class Outside:
         self._before = [dict(_variables(owner)) for owner in self._owners]
         held = [value for before in self._before for value in before.values() if type(value) in (list, deque)]
         self._held = [(value, value.copy()) for value in held]
+        self._counted = [
+            (value, _numbers(value)) for before in self._before for value in before.values() if _is_dict(value)
+        ]
 
     def restore(self) -> str:
         """Takes out everything that a trace left; what that was, or "" when it was nothing that an eager call keeps."""
@@ -46,6 +49,10 @@ class Outside:
                 found = "keeps something in a list of a global or class variable"
                 value.clear()
                 value.extend(copied)
+        for value, numbers in self._counted:
+            if any(value.get(key, number) != number for key, number in numbers.items()):
+                found = "counts in a dict of a global or class variable, which a graph would forget"
+                value.update(numbers)
         for owner, before in zip(self._owners, self._before, strict=True):
             for name, value in list(_variables(owner).items()):
                 if isinstance(value, _Cache):
@@ -85,6 +92,15 @@ def _owners(modules: Iterable[nn.Module], function: Callable[..., Any] | None) -
 
 def _variables(owner: Any) -> Mapping[str, Any]:
     return owner if isinstance(owner, dict) else vars(owner)
+
+
+def _is_dict(value: Any) -> bool:
+    return type(value) is dict and not any(isinstance(key, str) and key.startswith("__") for key in value)
+
+
+def _numbers(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What a dict counts; it may fill up while a model runs first, as a cache does."""
+    return {key: value for key, value in values.items() if type(value) in _NUMBERS}
 
 
 def _is_new(value: Any, before: Any) -> bool:
