@@ -6,11 +6,14 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
+import random
 from collections import deque
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1082,3 +1085,37 @@ def test_what_a_forward_counts_in_a_dict_of_its_file_is_refused_and_put_back() -
     with pytest.raises(fxamp.CaptureError, match="counts in a dict of a global"):
         fxamp.convert(CountsOutside())
     assert COUNTS == {"calls": 0, "scale": 2.0}
+
+
+DRAWN: dict[str, Any] = {
+    "random.Random": (lambda: random.Random(0), lambda drawn: drawn.random()),
+    "numpy's generator": (lambda: np.random.default_rng(0), lambda drawn: float(drawn.random())),
+    "numpy's old one": (lambda: np.random.RandomState(0), lambda drawn: float(drawn.rand())),
+    "itertools": (lambda: itertools.count(1), next),
+    "a generator": (lambda: (float(i) for i in range(1, 9)), next),
+}
+
+
+class Draws(nn.Module):
+    def __init__(self, drawn: Any, draw: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.drawn, self.draw = nn.Linear(4, 4), drawn, draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.draw(self.drawn)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_what_moves_on_when_it_is_asked_is_refused_or_stays_a_call(name: str) -> None:
+    make, draw = DRAWN[name]
+    drawn = make()
+    with pytest.raises(fxamp.CaptureError, match=r"changes self.drawn|takes the next item of an iterator"):
+        fxamp.convert(Draws(drawn, draw))
+    assert draw(drawn) == draw(make())  # the user's own has not moved
+    amp, x = fxamp.convert(nn.Sequential(Draws(make(), draw)), dtype=torch.bfloat16), torch.ones(2, 4)
+    eager = Draws(make(), draw)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = eager(x)
+        assert torch.equal(amp(x), expected)

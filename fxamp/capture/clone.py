@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import random
 from collections.abc import Iterable, Mapping
 from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.proxy import TraceError
 from torch.jit._recursive import wrap_cpp_module
 from torch.utils import _pytree as pytree
 
-__all__ = ["clone_tree", "clone_trees", "is_compiled", "tensor_copies"]
+__all__ = ["clone_tree", "clone_trees", "draws", "is_compiled", "stop_iterators", "tensor_copies"]
 
 
 def clone_tree(model: nn.Module) -> nn.Module:
@@ -68,10 +70,36 @@ def tensor_copies(modules: Iterable[nn.Module], *others: Any) -> dict[int, Any]:
     return copies
 
 
+class _Stopped:
+    """In the place of an iterator while a model is traced: a step of it would be made once, and in the user's own."""
+
+    def __iter__(self) -> _Stopped:
+        return self
+
+    def __next__(self) -> Any:
+        raise TraceError("takes the next item of an iterator that it keeps, which a graph would forget")
+
+
+def stop_iterators(modules: Iterable[nn.Module]) -> None:
+    """Takes the iterators out of modules that are about to be traced and thrown away."""
+    for module in modules:
+        for name, value in module.__dict__.items():
+            if hasattr(type(value), "__next__"):
+                module.__dict__[name] = _Stopped()
+
+
+def draws(value: Any) -> bool:
+    """Whether this is a generator of random numbers, Python's or numpy's: it moves on when it is asked."""
+    return isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random")
+
+
 def _clone(value: Any, memo: dict[int, Any]) -> Any:
     known = memo.get(id(value))
     if known is not None:
         return known
+    if draws(value):
+        memo[id(value)] = copied = copy.deepcopy(value)
+        return copied
     if isinstance(value, torch.jit.ScriptModule):
         return _clone_scripted(value, memo)
     if isinstance(value, nn.Module):

@@ -34,6 +34,7 @@ from fxamp.capture.calls import (
     restore_states,
     set_rng_state,
 )
+from fxamp.capture.clone import draws
 from fxamp.capture.proxy import MAY_BE_NONE
 
 __all__ = [
@@ -271,6 +272,8 @@ def _is_plain(value: Any) -> bool:
 def _comparable(value: Any, depth: int) -> Any:
     if isinstance(value, bool | int | float | str):
         return type(value), value
+    if draws(value):
+        return _drawn(value)
     if depth == 0:
         return _Itself(value)
     if isinstance(value, dict):
@@ -282,6 +285,14 @@ def _comparable(value: Any, depth: int) -> Any:
     if isinstance(value, FunctionType):
         return [_comparable(_contents(cell), depth - 1) for cell in value.__closure__ or ()], _Itself(value)
     return _comparable(value.__dict__, depth - 1) if _is_plain(value) else _Itself(value)
+
+
+def _drawn(value: Any) -> str:
+    """How far a generator of random numbers has come."""
+    if isinstance(value, random.Random):
+        return str(value.getstate())
+    inside = getattr(value, "bit_generator", value)
+    return str(inside.get_state() if hasattr(inside, "get_state") else inside.state)
 
 
 def _contents(cell: CellType) -> Any:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx.proxy import TraceError
 
 from fxamp.capture.calls import has_hooks
-from fxamp.capture.clone import clone_trees
+from fxamp.capture.clone import clone_trees, stop_iterators
 from fxamp.capture.entry import Entry
 from fxamp.capture.facts import Facts
 from fxamp.capture.failures import capture_error, name_of
@@ -251,6 +251,7 @@ class Program:
     ) -> tuple[Traced, dict[str, str]]:
         """A graph, and the modules whose Python state the trace changed: these have to stay calls."""
         root, loss_tree = clone_trees(self.tree, self.loss_tree)
+        stop_iterators(root.modules())
         if self._function is not None:
             root = self._holder  # a function calls the modules it closes over, so these cannot be clones
         model = self._function or bound_to(getattr(root, self._method), self._bound)
