@@ -1,4 +1,6 @@
-"""What every test starts from: one thread, one seed, and no GPU test without a GPU."""
+"""What every test starts from, one thread and one seed and no GPU test without a GPU; and the table at the end."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -18,3 +20,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints what became of every operator, when the conformance tests ran."""
+    from tests.conformance.operators import Outcome, table
+
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+    outcomes = [Outcome(*row) for report in reports for name, row in report.user_properties if name == "outcome"]
+    if outcomes:
+        terminalreporter.section("operators against eager autocast, bit by bit")
+        terminalreporter.write_line(table(outcomes))
+        opaque = sorted({outcome.operator for outcome in outcomes if outcome.outcome in ("opaque", "not traceable")})
+        terminalreporter.write_line(f"\nopaque or not traceable: {', '.join(opaque)}")
