@@ -25,6 +25,7 @@ PLAIN = (
     table.test_every_python_function_of_torch_is_decided,
     table.test_every_row_of_functions_names_a_function_and_an_operator,
     table.test_a_function_stands_for_the_operator_of_its_name,
+    table.test_every_function_of_the_operator_module_is_decided,
     table.test_the_cuda_rows_are_the_lists_of_the_installed_header,
 )
 EACH = (
@@ -33,6 +34,7 @@ EACH = (
     table.test_a_method_reaches_an_operator,
     table.test_arguments_choose_the_operator,
     table.test_a_key_in_words_names_an_operator,
+    table.test_a_function_of_the_operator_module_runs_the_operator_of_its_row,
     table.test_an_argument_that_makes_another_operator_of_it_is_looked_at,
 )
 
@@ -44,7 +46,7 @@ def check(row: str) -> None:
         test()
     for test in EACH:
         for values in test.pytestmark[0].args[1]:  # type: ignore[attr-defined]
-            test(*values) if isinstance(values, tuple) else test(values)
+            test(*values) if "," in str(test.pytestmark[0].args[0]) else test(values)  # type: ignore[attr-defined]
     for device_type in RULES:
         if row in table.OPERATORS:
             table.check_row(row, device_type)

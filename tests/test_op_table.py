@@ -15,13 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fxamp.errors import PolicyError
 from fxamp.policy import composites, operators
 from fxamp.policy.flow import ONE_DTYPE, _kinds, output_kind
 from fxamp.policy.operators import FORWARDS_TO, OPERATORS, operator_rules, packet_of, transparent
-from fxamp.policy.python_table import FUNCTIONS
+from fxamp.policy.python_table import FUNCTIONS, OPERATOR_MODULE
 from fxamp.policy.spellings import _parameters, aten_name, resolve_operator
 from tests.samples import op_db, samples
 
@@ -374,6 +375,39 @@ def test_every_row_of_functions_names_a_function_and_an_operator() -> None:
         assert operators.is_aten(name), line
         assert not rest[1:] or operators.is_aten(rest[1]), line
         assert resolve_operator(spelling) == name
+
+
+class Dispatched(TorchDispatchMode):
+    """Remembers which operators ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("row", list(zip(*[iter(OPERATOR_MODULE.split())] * 2, strict=True)))
+def test_a_function_of_the_operator_module_runs_the_operator_of_its_row(row: tuple[str, str]) -> None:
+    function, name = getattr(operator, row[0]), row[1]
+    x = torch.tensor([[1, 2], [3, 4]]) if "bitwise" in name or "shift" in name else torch.ones(2, 2)
+    with Dispatched() as seen:
+        function(x) if row[0] in ("abs", "inv", "invert", "neg", "pos") else function(x.clone(), x)
+    ran = {"matmul": "mm", "positive": "positive"}.get(name, name)  # made of others, and nothing at all
+    assert ran in (*seen.names, "positive"), seen.names
+    assert (name == "positive") == (row[0] == "pos")
+
+
+WITHOUT_ARITHMETIC = """
+    attrgetter call concat contains countOf delitem getitem iconcat ilshift index indexOf irshift is_ is_not
+    itemgetter length_hint methodcaller not_ setitem truth
+""".split()
+
+
+def test_every_function_of_the_operator_module_is_decided() -> None:
+    assert set(operator.__all__) - set(OPERATOR_MODULE.split()[::2]) - set(WITHOUT_ARITHMETIC) <= {"call"}
 
 
 # Functions that are called otherwise than the operator that they reach.
