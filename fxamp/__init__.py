@@ -1,5 +1,6 @@
 """Mixed precision as a torch.fx pass: decide a dtype for every operation, insert the casts, show why."""
 
+from fxamp.backend import backend, reports
 from fxamp.convert import convert
 from fxamp.errors import CaptureError, FxampError, PlanError, PolicyError, VerifyError
 from fxamp.insight import Report
@@ -18,6 +19,8 @@ __all__ = [
     "PolicyError",
     "Report",
     "VerifyError",
+    "backend",
     "convert",
     "inspect",
+    "reports",
 ]

@@ -12,11 +12,13 @@ from torch.nn.parameter import is_lazy
 
 from fxamp.capture import Layout, Program, Traced, values_of
 from fxamp.capture.clone import is_compiled
+from fxamp.capture.facts import gpu_is_away
 from fxamp.dtypes import check_low_dtype
 from fxamp.errors import CaptureError, PolicyError, describe, nearest
 from fxamp.insight import report_of
 from fxamp.plan import PrecisionPlan, make_plan
 from fxamp.plan.observer import FakeObserver
+from fxamp.plan.recorded import RecordedObserver
 from fxamp.policy import DEVICE_TYPES, Policy, Ruling
 from fxamp.rewrite import fold_weight_casts, insert_casts, verify
 from fxamp.runtime import AmpModule, Asked, Conversion, Stages
@@ -78,11 +80,14 @@ def _build(
 ) -> tuple[PrecisionPlan, fx.Graph]:
     """Plan, rewrite, verify."""
     rulings = _rulings(program, policy)
-    observer = None
-    if examples is not None:
+    observer: FakeObserver | RecordedObserver | None = None
+    if traced.fits is not None:
+        plain = policy.name == "autocast" and not policy.ops and not policy.modules
+        observer = RecordedObserver(exact=plain and not gpu_is_away(policy.device_type or "cpu"))
+    elif examples is not None:
         observer = FakeObserver(program.attribute, traced.graph, examples, policy.device_type or "cpu")
     plan = make_plan(traced.graph, program.attribute, policy, rulings, mode=mode, observer=observer)
-    if observer is not None and program.has_loss:
+    if isinstance(observer, FakeObserver) and program.has_loss:
         _check_loss(traced.graph, observer)
     graph = insert_casts(traced.graph, plan)
     verify(graph, traced.graph, plan)

@@ -31,8 +31,9 @@ class Entry:
                 names.extend(f"{slot.name}_{i}" for i in range(slot.detail.count))
         return names
 
-    def __call__(self, *proxies: Any) -> Any:
-        rest: Iterator[Any] = iter(proxies)
+    def arguments(self, *stand_ins: Any) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+        """What the model is called with, positional and by keyword, and the loss by keyword."""
+        rest: Iterator[Any] = iter(stand_ins)
         values: dict[str, Any] = {}
         for slot in self._layout:
             if slot.kind == "constant":
@@ -41,7 +42,15 @@ class Entry:
                 values[slot.name] = slot.detail.built(rest)
             else:
                 values[slot.name] = next(rest)
-        args, kwargs, loss_kwargs = self._signature.split(values)
+        return self._signature.split(values)
+
+    def plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any], loss_kwargs: dict[str, Any]) -> Any:
+        """The call itself, for Dynamo."""
+        output = self.model(*args, **kwargs)
+        return output if self._loss is None else (self._loss(output, **loss_kwargs), output)
+
+    def __call__(self, *proxies: Any) -> Any:
+        args, kwargs, loss_kwargs = self.arguments(*proxies)
         given = Contents(args, kwargs)
         output = self.model(*args, **kwargs)
         if (written := given.gained()) is not None:

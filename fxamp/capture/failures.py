@@ -5,9 +5,10 @@ from __future__ import annotations
 import linecache
 import os
 import traceback
+from collections.abc import Mapping
 from functools import partial
 from types import BuiltinFunctionType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.fx.proxy import TraceError
@@ -15,7 +16,7 @@ from torch.fx.proxy import TraceError
 from fxamp.capture.source import is_users
 from fxamp.errors import CaptureError
 
-__all__ = ["capture_error", "name_of"]
+__all__ = ["capture_error", "dynamo_error", "name_of", "untraceable_by"]
 
 _TRANSFORMS = ("_functorch", "_higher_order_ops")
 
@@ -39,6 +40,34 @@ def capture_error(model: str, error: Exception) -> CaptureError:
     return CaptureError(
         f"cannot trace {where}: {what}",
         hint="put that line into a submodule of its own: a module that cannot be traced stays a call",
+    )
+
+
+def dynamo_error(model: str, error: Exception) -> CaptureError:
+    """The error for a capture by Dynamo that failed, with the user's own line where Dynamo tells it."""
+    if isinstance(error, CaptureError):
+        return error
+    stack = getattr(error, "real_stack", None) or traceback.extract_tb(error.__traceback__)
+    frame = next((frame for frame in reversed(stack) if is_users(frame.filename)), None)
+    where, line = model, ""
+    if frame is not None:
+        where = f"{model} ({os.path.basename(frame.filename)}:{frame.lineno})"
+        line = f"`{linecache.getline(frame.filename, frame.lineno or 0).strip()}`: "
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return CaptureError(f"cannot capture {where}: {line}{reason[0]}", hint=_COMPILE)
+
+
+_COMPILE: Final = 'torch.compile(model, backend="fxamp") runs what cannot be one graph in several'
+
+
+def untraceable_by(failed: Mapping[str, CaptureError]) -> CaptureError:
+    """The error for a model that no frontend takes."""
+    reasons = "".join(f"\n- {frontend}: {error.message}" for frontend, error in failed.items())
+    first = next(iter(failed.values()))
+    return (
+        CaptureError(f"no frontend can make one graph of the model:{reasons}", hint=_COMPILE)
+        if (len(failed) > 1)
+        else first
     )
 
 

@@ -11,8 +11,9 @@ import pickle
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from fxamp.capture.calls import has_hooks
 from fxamp.capture.clone import clone_trees, stop_iterators
 from fxamp.capture.entry import Entry
 from fxamp.capture.facts import Facts
-from fxamp.capture.failures import capture_error, name_of
+from fxamp.capture.failures import capture_error, dynamo_error, name_of, untraceable_by
 from fxamp.capture.holder import adopt, bound_to, entry_of, holder_of, unowned
 from fxamp.capture.members import find, member
 from fxamp.capture.outside import Outside
@@ -43,6 +44,13 @@ __all__ = ["Program", "Traced"]
 
 _KEPT = ("_function", "_loss", "_holder", "_loss_module", "_bound", "signature")  # the user's, in a copy too
 _NUMBER = re.compile(r"(int|float)\(\) argument must be|a traced value cannot be")
+
+
+class _Prepared(NamedTuple):
+    root: nn.Module
+    entry: Entry
+    modules: dict[str, nn.Module]
+    originals: dict[str, nn.Module]
 
 
 class Program:
@@ -74,6 +82,7 @@ class Program:
         self.has_loss = loss is not None
         self.adopted, self._settled = 0, False
         self._strangers: list[Any] = []
+        self._failed: dict[str, CaptureError] = {}  # the frontends that could not take a call of it
         self._make_trees()
         self._check_hooks()
 
@@ -188,12 +197,30 @@ class Program:
         Raises:
             CaptureError: when the model's or the loss's own code cannot be traced, with the user's line.
         """
-        if examples is not None:
-            facts = partial(Facts, examples, self.attribute, ambient=setting.ambient)
-            with suppress(CaptureError):
-                return self._trace(layout, setting, partial(facts, sizes=False))
-            return self._trace(layout, setting, partial(facts, sizes=True))
-        return self._trace(layout, setting, lambda: None)
+        if examples is None:
+            return self._trace(layout, setting, lambda: None)
+        facts = partial(Facts, examples, self.attribute, ambient=setting.ambient)
+        ways: dict[str, list[Callable[[], Traced]]] = {
+            "torch.fx": [
+                lambda: self._trace(layout, setting, partial(facts, sizes=False)),
+                lambda: self._trace(layout, setting, partial(facts, sizes=True)),
+            ],
+            "Dynamo": [
+                lambda: self._trace_whole(layout, setting, examples, dynamic=True),
+                lambda: self._trace_whole(layout, setting, examples, dynamic=False),
+            ],
+        }
+        failed: dict[str, CaptureError] = dict(self._failed)
+        for frontend, attempts in ways.items():
+            for attempt in attempts if frontend not in self._failed else ():
+                try:
+                    traced = attempt()
+                except CaptureError as error:
+                    failed[frontend] = error
+                else:
+                    self._failed = failed
+                    return replace(traced, frontend=frontend, failed={name: e.message for name, e in failed.items()})
+        raise untraceable_by(failed)
 
     def _trace(
         self,
@@ -241,6 +268,52 @@ class Program:
         self._make_trees()
         return True
 
+    def _trace_whole(self, layout: Layout, setting: Setting, values: list[Any], *, dynamic: bool) -> Traced:
+        """A graph by Dynamo."""
+        while True:
+            try:
+                traced = self._trace_whole_once(layout, setting, values, dynamic=dynamic)
+            except CaptureError:
+                if self._adopts():
+                    continue
+                raise
+            if not self._adopts():
+                return traced
+
+    def _trace_whole_once(self, layout: Layout, setting: Setting, values: list[Any], *, dynamic: bool) -> Traced:
+        _, entry, modules, originals = self._prepared(layout)
+        from fxamp.capture.dynamo import DynamoTracer  # it is imported when it is needed: that takes a second
+
+        tracer = DynamoTracer(modules, originals, self.extras, setting, entry.model, dynamic=dynamic)
+        self._strangers = tracer.strangers
+        outside = Outside(modules.values(), self._function)
+        drawn = torch.get_rng_state()
+        with ExitStack() as stack:
+            stack.enter_context(put_back(originals))
+            stack.enter_context(modes(modules, setting.training))
+            stack.enter_context(grad_mode_as(setting.grad))
+            try:
+                graph, fits = tracer.run(entry, values)
+                if left := outside.restore():
+                    raise TraceError(left)
+            except Exception as error:
+                raise dynamo_error(self.name, error) from error
+            finally:
+                outside.restore()
+                torch.set_rng_state(drawn)
+        return tracer.traced(graph, layout, fits)
+
+    def _prepared(self, layout: Layout) -> _Prepared:
+        """What one trace runs on."""
+        root, loss_tree = clone_trees(self.tree, self.loss_tree)
+        stop_iterators(root.modules())
+        if self._function is not None:
+            root = self._holder  # a function calls the modules it closes over, so these cannot be clones
+        model = self._function or bound_to(getattr(root, self._method), self._bound)
+        entry = Entry(self.signature, layout, model, loss_tree or self._loss)
+        modules = _paths(root, loss_tree, self.loss_path)
+        return _Prepared(root, entry, modules, _paths(self._holder, self._loss_module, self.loss_path))
+
     def _trace_once(
         self,
         layout: Layout,
@@ -250,14 +323,7 @@ class Program:
         numbers: bool,
     ) -> tuple[Traced, dict[str, str]]:
         """A graph, and the modules whose Python state the trace changed: these have to stay calls."""
-        root, loss_tree = clone_trees(self.tree, self.loss_tree)
-        stop_iterators(root.modules())
-        if self._function is not None:
-            root = self._holder  # a function calls the modules it closes over, so these cannot be clones
-        model = self._function or bound_to(getattr(root, self._method), self._bound)
-        entry = Entry(self.signature, layout, model, loss_tree or self._loss)
-        modules = _paths(root, loss_tree, self.loss_path)
-        originals = _paths(self._holder, self._loss_module, self.loss_path)
+        root, entry, modules, originals = self._prepared(layout)
         of_parameters = partial(Facts, [], self.attribute, sizes=True, ambient=setting.ambient)
         tracer = AmpTracer(root, modules, originals, entry, self.extras, untraceable, facts, setting, of_parameters)
         self._strangers = tracer.strangers

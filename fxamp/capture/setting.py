@@ -15,6 +15,7 @@ from torch import fx
 
 from fxamp.capture.arguments import map_leaves
 from fxamp.capture.calls import expect
+from fxamp.capture.fits import Fits
 from fxamp.capture.signature import Layout
 
 __all__ = ["Ambient", "GradMode", "Setting", "Traced", "grad_mode", "grad_mode_as"]
@@ -55,6 +56,10 @@ class Traced:
             that made no difference.
         grad: the grad mode that it was traced for, in a tuple; empty when the model did not ask.
         tensors: what the model asked of its own parameters and buffers: path and attribute, to the answer.
+        frontend: what captured it.
+        failed: the frontends that were tried before, with the reason of each.
+        fits: the inputs that it is for, when it was captured for such.
+        stands_on: the dtype and device of the tensors that it reads, when these may be frozen in it.
     """
 
     graph: fx.Graph
@@ -64,6 +69,10 @@ class Traced:
     ambient: tuple[()] | tuple[Ambient] = ()
     grad: tuple[()] | tuple[GradMode] = ()
     tensors: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    frontend: str = "torch.fx"
+    failed: Mapping[str, str] = field(default_factory=dict)
+    fits: Fits | None = None
+    stands_on: Mapping[str, tuple[torch.dtype, torch.device]] = field(default_factory=dict)
 
     def serves(self, setting: Setting, attribute: Callable[[str], Any]) -> bool:
         """Whether it is also the graph for this setting, and for the tensors that ``attribute`` finds by their path."""
@@ -72,6 +81,7 @@ class Traced:
             and self.grad in ((), (setting.grad,))
             and all(setting.training.get(path) == flag for path, flag in self.modes.items())
             and all(getattr(attribute(path), name) == value for (path, name), value in self.tensors.items())
+            and all(_place(attribute(path)) == place for path, place in self.stands_on.items())
         )
 
     def asks_numbers(self) -> bool:
@@ -80,6 +90,8 @@ class Traced:
 
     def goes_this_way(self, values: Sequence[Any]) -> bool:
         """Whether a call with these values of the placeholders goes the way of this graph, by its numbers."""
+        if self.fits is not None and self.fits.problem(values) is not None:
+            return False
         rest = iter(values)
         found: dict[fx.Node, Any] = {}
         numbers = self._of_numbers()
@@ -104,6 +116,10 @@ class Traced:
             if node.meta.get("number") or (plain and found.issuperset(node.all_input_nodes) and node.all_input_nodes):
                 found.add(node)
         return found
+
+
+def _place(tensor: torch.Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device
 
 
 def grad_mode() -> GradMode:

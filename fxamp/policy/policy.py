@@ -159,17 +159,18 @@ class Policy:
         rule = operator_rules(self.device_type).get(aten)
         return Ruling(rule, "op table") if rule is not None else None
 
-    def module_rulings(self, paths: Iterable[str]) -> dict[str, Ruling]:
+    def module_rulings(self, paths: Iterable[str], *, every: bool = True) -> dict[str, Ruling]:
         """Module path to the override that decides for it; modules without one are left out.
 
         Args:
-            paths: the names of all modules.
+            paths: the names of the modules.
+            every: whether these are all, so that each override has to match one.
 
         Raises:
             PolicyError: when an override matches no module, or two patterns match one with different rules.
         """
         known = sorted(path for path in paths if path)
-        for pattern, _ in self.modules:
+        for pattern, _ in self.modules if every else ():
             if not any(fnmatchcase(path, pattern) for path in known):
                 raise _matches_nothing(pattern, known)
         found: dict[str, Ruling] = {}

@@ -140,7 +140,7 @@ class Conversion:
         examples = self.examples if traced.layout == self.layout else None
         with torch.inference_mode(False):
             plan, graph = self.stages.build(self.program, traced, self.policy, mode, examples)
-        return Variant.of(self.program, traced, plan, graph, examples)
+        return Variant.of(self.program, traced, plan, graph, examples if traced.fits is None else None)
 
     def by_rule(self, variant: Variant) -> Variant:
         """The same graph planned for inputs of any dtype."""

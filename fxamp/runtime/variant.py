@@ -46,7 +46,7 @@ class Variant:
     ) -> Variant:
         """The graph of a program's trace, planned for such examples when there are any."""
         tensors = _readers(program, traced)
-        particular = bool(traced.grad or tensors) or traced.asks_numbers()
+        particular = bool(traced.grad or tensors or traced.fits) or traced.asks_numbers()
         observed = tuple(map(_observed, examples or ()))
         footing = Footing(program, traced)
         return Variant(traced, plan, graph, footing, tensors=tensors, observed=observed, particular=particular)

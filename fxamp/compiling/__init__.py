@@ -1,0 +1,3 @@
+"""What torch.compile needs beside the pass."""
+
+__all__: list[str] = []
