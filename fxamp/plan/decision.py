@@ -6,8 +6,10 @@ them decides anything on its own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -109,12 +111,19 @@ class PrecisionPlan:
         Raises:
             PlanError: when the graph has no such node.
         """
-        for decision in self.decisions:
-            if decision.name == name:
-                return decision
+        found = self._by_name.get(name)
+        if found is not None:
+            return found
         close = nearest(name, (decision.name for decision in self.decisions))
         hint = f"write '{close}'" if close else "print(amp.report()) lists the names"
         raise PlanError(f"the plan has no node '{name}'", hint=hint)
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Decision]:
+        return {decision.name: decision for decision in self.decisions}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_by_name"}
 
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)
