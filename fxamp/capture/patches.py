@@ -7,7 +7,6 @@ its patches when it ends.
 
 from __future__ import annotations
 
-import importlib
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -39,12 +38,10 @@ from fxamp.capture.proxy import MAY_BE_NONE
 
 __all__ = [
     "autograd_functions",
-    "check_random_state",
     "compiled_functions",
     "mode_of",
     "python_state",
     "random_calls",
-    "random_state",
     "refusals",
     "set_mode",
     "tensor_calls",
@@ -213,16 +210,6 @@ def random_calls(record: Record) -> Iterator[None]:
         yield
 
 
-def random_state() -> tuple[Any, ...]:
-    """The states of Python's and numpy's random numbers."""
-    try:
-        numpy = importlib.import_module("numpy.random")  # now, for fake tensors would do it while a model is traced
-    except ImportError:
-        numpy = None
-    state = numpy.get_state() if numpy is not None else ()
-    return random.getstate(), tuple(part if isinstance(part, str | int | float) else part.tobytes() for part in state)
-
-
 def python_state(module: nn.Module) -> dict[str, Any]:
     """What a module keeps by each name, in a form that can be compared; a scripted one is not traced into."""
     if isinstance(module, torch.jit.ScriptModule):
@@ -232,21 +219,6 @@ def python_state(module: nn.Module) -> dict[str, Any]:
     for table in tables:
         own.update(module.__dict__[table])
     return {name: _comparable(value, 3) for name, value in own.items()}
-
-
-def check_random_state(before: tuple[Any, ...]) -> None:
-    """Refuses a forward that drew random numbers of Python's or numpy's, and puts them back.
-
-    Raises:
-        TraceError: when the state is not the one before.
-    """
-    now = random_state()
-    if now == before:
-        return
-    random.setstate(before[0])
-    if now[0] == before[0]:
-        raise TraceError("draws from numpy's random numbers, which a graph would freeze")
-    raise TraceError("draws from Python's random module, which a graph would freeze")
 
 
 @dataclass(frozen=True, eq=False)
