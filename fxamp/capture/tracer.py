@@ -201,7 +201,10 @@ class AmpTracer(ReadingTracer):
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
         node = super().create_node(kind, target, (), {}, *rest, **more)
-        node.args, node.kwargs = args, kwargs  # now, for torch.fx searches what it is given first for symbolic sizes
+        if args:  # now, for torch.fx searches what it is given at first for symbolic sizes
+            node.args = args
+        if kwargs:
+            node.kwargs = kwargs
         node.meta["module"] = self.scope.module_path
         node.meta["regions"] = self._regions.open
         node.meta["source"] = user_line(sys._getframe(1))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any, Final
 
 import torch
 
@@ -83,10 +84,18 @@ class Decision:
     how: str = "call"
     state: AutocastState | None = None
 
+    def but(self, **changes: Any) -> Decision:
+        """The same with other values: ``dataclasses.replace`` without its questions, for there are many decisions."""
+        return Decision(**{**dict(zip(_FIELDS, _values_of(self), strict=True)), **changes})
+
     def __str__(self) -> str:
         dtype = f" in {abbreviate(self.runs_in)}" if self.runs_in is not None else ""
         casts = "".join(f", casts {cast.value} to {abbreviate(cast.dtype)}" for cast in self.casts)
         return f"{self.name}: {self.op} {self.rule or 'has no rule'}{dtype} ({self.reason or 'no tensors'}){casts}"
+
+
+_FIELDS: Final = tuple(field.name for field in fields(Decision))
+_values_of: Final = attrgetter(*_FIELDS)
 
 
 @dataclass(frozen=True)

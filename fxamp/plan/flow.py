@@ -150,9 +150,8 @@ def _promote(inputs: tuple[Value, ...], *, floating: bool) -> Value:
 
 
 def _all_scalar(inputs: tuple[Value, ...]) -> bool | None:
-    if any(value.scalar is False for value in inputs):
-        return False
-    return True if all(value.scalar for value in inputs) else None
+    found = {value.scalar for value in inputs}
+    return False if False in found else None if None in found else True
 
 
 def _promote_doubtful(inputs: tuple[Value, ...]) -> torch.dtype | None:

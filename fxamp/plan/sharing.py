@@ -94,18 +94,18 @@ class Sharing:
         value = self._attribute(str(source.target)) if source.op == "get_attr" else None
         weight = isinstance(value, nn.Parameter)
         trained = weight and value.requires_grad  # type: ignore[union-attr]
-        cast = replace(cast, weight=weight, epoch=state.epoch)
         if not share:
+            return replace(cast, weight=weight, epoch=state.epoch)
+        version = self._writes.version(source, guessed=False)
+        cast = replace(cast, weight=weight, epoch=state.epoch, version=version)
+        if not self._everything and (cast.dtype != state.dtype or not state.cache_enabled):
             return cast
-        cast = replace(cast, version=self._writes.version(source, guessed=False))
         # autocast has one copy of a weight with gradients; whether another tensor is one with it, nobody would tell.
-        version = cast.version if trained else self._writes.version(source)
+        version = version if trained else self._writes.version(source)
         key = f"{source.name}:{cast.dtype}:{version}:{state.epoch}"
         if self._everything:
             # A cast that was made without gradients does not serve a use with them; that of a weight always has them.
             return replace(cast, share=key if weight else f"{key}:{self._grad_modes}")
-        if cast.dtype != state.dtype or not state.cache_enabled:
-            return cast
         self._leaves[source.name] = self._may_be[source]
         for leaf in self._may_be[source]:
             # The cache of autocast has one copy of a leaf, whatever its dtype: two dtypes are left to it.
