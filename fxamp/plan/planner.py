@@ -257,12 +257,14 @@ def _castable(values: Iterable[Value]) -> list[torch.dtype | None]:
 
 def _after(decision: Decision, casts: tuple[Cast, ...]) -> tuple[Value, ...]:
     """The tensors that a call computes with."""
+    if not casts:
+        return tensors_in(decision.inputs)
     targets = {cast.slot: cast.dtype for cast in casts}
     given = [(value, targets.get(slot)) for slot, flow in enumerate(decision.inputs) for value in tensors_in(flow)]
     values = [
         Value(target, v.scalar) if target and v.dtype and _casts_to(v.dtype, target) else v for v, target in given
     ]
-    if decision.aten not in ONE_DTYPE or not targets:
+    if decision.aten not in ONE_DTYPE:
         return tuple(values)  # a soft cast may find float64, or no floating dtype, and pass it on
     one = next(iter(targets.values()))
     known = any(value.dtype == one for value in values)
