@@ -73,9 +73,7 @@ def convert(
     return AmpModule(conversion)
 
 
-def _plan(
-    program: Program, traced: Traced, policy: Policy, mode: str, examples: list[Any] | None
-) -> PrecisionPlan:
+def _plan(program: Program, traced: Traced, policy: Policy, mode: str, examples: list[Any] | None) -> PrecisionPlan:
     """What to do about each call."""
     rulings = _rulings(program, policy)
     observer = None

@@ -39,18 +39,13 @@ class RandomState:
 
 
 def may_draw(module: nn.Module) -> bool:
-    """Whether a module is to be looked at on its own: most of torch's draw none, and whoever calls them is looked at."""
-    return "forward" in module.__dict__ or _runs_other_code(type(module))
+    """Whether a module is to be looked at itself: most of torch's own draw none, and whoever calls them is looked at."""
+    where = getattr(getattr(type(module), "forward", None), "__module__", None) or ""
+    return "forward" in module.__dict__ or not where.startswith("torch.nn.modules.") or where in _WITH_FUNCTIONS
 
 
 # Where torch's own modules run functions of the user's.
 _WITH_FUNCTIONS: Final = ("torch.nn.modules.loss", "torch.nn.modules.transformer")
-
-
-@functools.cache
-def _runs_other_code(kind: type) -> bool:
-    where = getattr(getattr(kind, "forward", None), "__module__", None) or ""
-    return not where.startswith("torch.nn.modules.") or where in _WITH_FUNCTIONS
 
 
 @functools.cache

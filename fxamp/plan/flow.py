@@ -96,9 +96,7 @@ def element(flow: Flow, index: Any) -> Flow:
     return NOT_A_TENSOR
 
 
-_REAL: Final = frozenset(
-    {None, *(d for d in vars(torch).values() if isinstance(d, torch.dtype) and not d.is_complex)}
-)
+_REAL: Final = frozenset({None, *(d for d in vars(torch).values() if isinstance(d, torch.dtype) and not d.is_complex)})
 
 
 def outcome(kind: Any, inputs: tuple[Value, ...]) -> Flow:

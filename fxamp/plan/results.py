@@ -86,7 +86,7 @@ def result_of(
         return _factory_result(node, aten, inputs)
     if aten in _TABLES:
         return _lookup_result(cast_inputs)
-    if any([isinstance(value, complex) for value in (*node.args, *node.kwargs.values())]):
+    if any(isinstance(value, complex) for value in (*node.args, *node.kwargs.values())):
         return UNKNOWN
     kind = output_kind(aten, node.target, node.args, node.kwargs) if aten else None
     found = _ranked(aten, outcome(kind, cast_inputs), cast_inputs)

@@ -22,8 +22,8 @@ MAX_STARS = 4
 class Stages(NamedTuple):
     """The stages after capture.
 
-    ``plan`` decides about what was traced, and ``rewrite`` makes a graph of that; ``report`` shows them; ``freeze`` folds
-    the weights of a conversion into the low dtype, and tells which keep a low copy beside them.
+    ``plan`` decides about what was traced, and ``rewrite`` makes a graph of that; ``report`` shows them; ``freeze``
+    folds the weights of a conversion into the low dtype, and tells which keep a low copy beside them.
     """
 
     plan: Callable[..., PrecisionPlan]
