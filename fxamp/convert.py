@@ -75,10 +75,8 @@ def convert(
     return AmpModule(conversion)
 
 
-def _build(
-    program: Program, traced: Traced, policy: Policy, mode: str, examples: list[Any] | None
-) -> tuple[PrecisionPlan, fx.Graph]:
-    """Plan, rewrite, verify."""
+def _plan(program: Program, traced: Traced, policy: Policy, mode: str, examples: list[Any] | None) -> PrecisionPlan:
+    """What to do about each call."""
     rulings = _rulings(program, policy)
     observer: FakeObserver | RecordedObserver | None = None
     if traced.fits is not None:
@@ -89,9 +87,14 @@ def _build(
     plan = make_plan(traced.graph, program.attribute, policy, rulings, mode=mode, observer=observer)
     if isinstance(observer, FakeObserver) and program.has_loss:
         _check_loss(traced.graph, observer)
+    return plan
+
+
+def _rewrite(traced: Traced, plan: PrecisionPlan) -> fx.Graph:
+    """The graph in which it is done, verified."""
     graph = insert_casts(traced.graph, plan)
     verify(graph, traced.graph, plan)
-    return plan, graph
+    return graph
 
 
 def _check_initialised(model: Callable[..., Any]) -> None:
@@ -124,7 +127,7 @@ def _freeze(conversion: Conversion) -> dict[str, tuple[str, torch.dtype]]:
     return fold_weight_casts(conversion.program, [variant.graph for _, variant in conversion.variants])
 
 
-_STAGES = Stages(_build, report_of, _freeze)
+_STAGES = Stages(_plan, _rewrite, report_of, _freeze)
 
 
 def _asked(policy: str | Policy, device_type: str | None, dtype: torch.dtype | None) -> Asked:

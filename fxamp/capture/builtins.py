@@ -203,8 +203,42 @@ def shadowed_builtins(*, numbers: bool) -> Iterator[None]:
     shadows: Any = {"isinstance": _isinstance, "hasattr": _hasattr, "len": _shadow_len(), **recorded}
     finfo = _recorded(torch.finfo)
     both = shadowed_numbers() if numbers else nullcontext()
-    with mock.patch.multiple(builtins, **shadows), mock.patch.object(torch, "finfo", finfo), both:
+    with mock.patch.multiple(builtins, **shadows), mock.patch.object(torch, "finfo", finfo), both, _answered_plainly():
         yield
+
+
+@contextmanager
+def _answered_plainly() -> Iterator[None]:
+    """Spares code that gets the plain answers anyway, by ``_asked_by_user``, the question whose code it is."""
+    plain = {"isinstance": _plain_isinstance, "hasattr": _plain_hasattr}
+    spaces = [space for space in _tracing_spaces() if plain.keys().isdisjoint(space)]
+    try:
+        for space in spaces:
+            space.update(plain)
+        yield
+    finally:
+        for space in spaces:
+            for name in plain:
+                del space[name]
+
+
+@functools.cache
+def _tracing_spaces() -> tuple[dict[str, Any], ...]:
+    """The variables of the files of torch and of ours that make a graph, and handle proxies themselves."""
+    return tuple(vars(module) for name, module in list(sys.modules.items()) if name.startswith(_TRACING))
+
+
+_TRACING: Final = (
+    "torch.fx._symbolic_trace",
+    "torch.fx.graph",
+    "torch.fx.node",
+    "torch.fx.proxy",
+    "torch.utils._pytree",
+    "torch._library.opaque_object",
+    "torch.nn.parameter",
+    "fxamp.capture.",
+    "fxamp.policy.",
+)
 
 
 @contextmanager

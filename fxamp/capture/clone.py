@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import functools
 import random
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from types import MethodType, SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -93,10 +94,21 @@ def draws(value: Any) -> bool:
     return isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random")
 
 
+# Most of what modules keep; of these only a tensor may have something else in its place.
+_ATOMS: Final = frozenset({type(None), bool, int, float, str})
+_TENSORS: Final = frozenset({torch.Tensor, nn.Parameter})
+_CONTAINERS: Final = frozenset({dict, list, set, OrderedDict})
+
+
 def _clone(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
     known = memo.get(id(value))
-    if known is not None:
-        return known
+    if known is not None or kind in _TENSORS:
+        return value if known is None else known
+    if kind in _CONTAINERS:
+        return _clone_container(value, memo)
     if draws(value):
         memo[id(value)] = copied = copy.deepcopy(value)
         return copied
@@ -113,7 +125,7 @@ def _clone(value: Any, memo: dict[int, Any]) -> Any:
         memo[id(value)] = new = SimpleNamespace()
         new.__dict__.update({name: _clone(item, memo) for name, item in vars(value).items()})
         return new
-    if type(value) in (dict, list, set) or _is_ordered_dict(value):
+    if _is_ordered_dict(value):
         return _clone_container(value, memo)
     if type(value) is tuple and any(_holds_state(item) for item in value):
         return tuple(_clone(item, memo) for item in value)
@@ -158,6 +170,8 @@ def _clone_cpp(module: Any) -> Any:
 def _clone_container(value: Any, memo: dict[int, Any]) -> Any:
     new = type(value)()
     memo[id(value)] = new
+    if not value:
+        return new
     if isinstance(value, dict):
         new.update({key: _clone(item, memo) for key, item in value.items()})
     elif isinstance(value, list):

@@ -25,11 +25,11 @@ from fxamp.capture.dynamo_graph import modules_named, told, translate
 from fxamp.capture.entry import Entry
 from fxamp.capture.fits import Fits, Kind
 from fxamp.capture.members import store_of
-from fxamp.capture.patches import python_state
 from fxamp.capture.reading import ReadingTracer
 from fxamp.capture.regions import autocast_as
 from fxamp.capture.setting import Ambient, Setting, Traced
 from fxamp.capture.signature import Layout
+from fxamp.capture.state import python_state
 from fxamp.capture.surroundings import changed_modules
 from fxamp.errors import describe
 

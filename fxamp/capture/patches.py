@@ -7,13 +7,8 @@ its patches when it ends.
 
 from __future__ import annotations
 
-import importlib
-import random
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from types import CellType, FunctionType
 from typing import Any, Final
 from unittest import mock
 
@@ -34,19 +29,16 @@ from fxamp.capture.calls import (
     restore_states,
     set_rng_state,
 )
-from fxamp.capture.clone import draws
 from fxamp.capture.proxy import MAY_BE_NONE
 
 __all__ = [
     "autograd_functions",
-    "check_random_state",
     "compiled_functions",
     "mode_of",
-    "python_state",
     "random_calls",
-    "random_state",
     "refusals",
     "set_mode",
+    "switches_plainly",
     "tensor_calls",
 ]
 
@@ -155,6 +147,16 @@ def set_mode(module: nn.Module, flag: bool) -> None:
         module._c.setattr("training", flag)
 
 
+_SWITCHING: Final = ("train", "children", "named_children", "named_modules", "__getattr__", "__setattr__")
+
+
+def switches_plainly(module: nn.Module) -> bool:
+    """Whether ``train()`` of the module gives it and all below it the mode, and does nothing else."""
+    kind = type(module)
+    ours = all(getattr(kind, name) is getattr(nn.Module, name) for name in _SWITCHING) and "training" in vars(module)
+    return ours and not hasattr(kind, "training") and vars(module).keys().isdisjoint(_SWITCHING)
+
+
 @contextmanager
 def refusals() -> Iterator[None]:
     """Refuses what changes torch itself for a while, which a graph would forget."""
@@ -211,95 +213,6 @@ def random_calls(record: Record) -> Iterator[None]:
         mock.patch.multiple(torch.random, fork_rng=fork, **recorded),
     ):
         yield
-
-
-def random_state() -> tuple[Any, ...]:
-    """The states of Python's and numpy's random numbers."""
-    try:
-        numpy = importlib.import_module("numpy.random")  # now, for fake tensors would do it while a model is traced
-    except ImportError:
-        numpy = None
-    state = numpy.get_state() if numpy is not None else ()
-    return random.getstate(), tuple(part if isinstance(part, str | int | float) else part.tobytes() for part in state)
-
-
-def python_state(module: nn.Module) -> dict[str, Any]:
-    """What a module keeps by each name, in a form that can be compared; a scripted one is not traced into."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return {}
-    tables = ("_parameters", "_buffers", "_modules")
-    own = {name: value for name, value in module.__dict__.items() if name not in (*tables, "training")}
-    for table in tables:
-        own.update(module.__dict__[table])
-    return {name: _comparable(value, 3) for name, value in own.items()}
-
-
-def check_random_state(before: tuple[Any, ...]) -> None:
-    """Refuses a forward that drew random numbers of Python's or numpy's, and puts them back.
-
-    Raises:
-        TraceError: when the state is not the one before.
-    """
-    now = random_state()
-    if now == before:
-        return
-    random.setstate(before[0])
-    if now[0] == before[0]:
-        raise TraceError("draws from numpy's random numbers, which a graph would freeze")
-    raise TraceError("draws from Python's random module, which a graph would freeze")
-
-
-@dataclass(frozen=True, eq=False)
-class _Itself:
-    """An object that is compared by identity. It is kept, so that no other gets its address."""
-
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and self.value is other.value
-
-    __hash__ = object.__hash__
-
-
-def _is_plain(value: Any) -> bool:
-    """An object of the user's own that may hold state, such as a config."""
-    kind = type(value)
-    return kind.__module__ not in ("builtins", "torch", "functools", "collections") and not (
-        callable(value) or isinstance(value, nn.Module | torch.Tensor) or not hasattr(value, "__dict__")
-    )
-
-
-def _comparable(value: Any, depth: int) -> Any:
-    if isinstance(value, bool | int | float | str):
-        return type(value), value
-    if draws(value):
-        return _drawn(value)
-    if depth == 0:
-        return _Itself(value)
-    if isinstance(value, dict):
-        return [(repr(key), _comparable(item, depth - 1)) for key, item in value.items()]
-    if isinstance(value, list | tuple | deque):
-        return [_comparable(item, depth - 1) for item in value]
-    if isinstance(value, set):
-        return {id(item) for item in value}
-    if isinstance(value, FunctionType):
-        return [_comparable(_contents(cell), depth - 1) for cell in value.__closure__ or ()], _Itself(value)
-    return _comparable(value.__dict__, depth - 1) if _is_plain(value) else _Itself(value)
-
-
-def _drawn(value: Any) -> str:
-    """How far a generator of random numbers has come."""
-    if isinstance(value, random.Random):
-        return str(value.getstate())
-    inside = getattr(value, "bit_generator", value)
-    return str(inside.get_state() if hasattr(inside, "get_state") else inside.state)
-
-
-def _contents(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a name that is not bound yet
-        return None
 
 
 def _has_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

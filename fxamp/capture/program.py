@@ -27,9 +27,10 @@ from fxamp.capture.failures import capture_error, dynamo_error, name_of, untrace
 from fxamp.capture.holder import adopt, bound_to, entry_of, holder_of, unowned
 from fxamp.capture.members import find, member
 from fxamp.capture.outside import Outside
-from fxamp.capture.patches import mode_of, python_state
+from fxamp.capture.patches import mode_of, switches_plainly
 from fxamp.capture.setting import Setting, Traced, grad_mode_as
 from fxamp.capture.signature import CallSignature, Layout
+from fxamp.capture.state import python_state
 from fxamp.capture.surroundings import (
     autocast_answers,
     changed_modules,
@@ -159,9 +160,12 @@ class Program:
 
     def flags(self, mode: str) -> dict[str, bool]:
         """Module path to ``training`` flag in "train", "eval" or "as_is", as the model's own ``train`` sets it."""
+        modules = _paths(self.tree, self.loss_tree, self.loss_path)
+        if mode == "as_is" or all(map(switches_plainly, modules.values())):
+            return {path: mode_of(module) if mode == "as_is" else mode == "train" for path, module in modules.items()}
         tree, loss_tree = clone_trees(self.tree, self.loss_tree)
         for module in (tree, loss_tree):
-            if module is not None and mode != "as_is":
+            if module is not None:
                 with suppress(NotImplementedError):  # an exported model has one mode
                     module.train(mode == "train")
         return {path: mode_of(module) for path, module in _paths(tree, loss_tree, self.loss_path).items()}

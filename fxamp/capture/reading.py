@@ -7,7 +7,7 @@ traced values is made again in the graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx, nn
@@ -24,6 +24,8 @@ from fxamp.capture.reach import reachable
 from fxamp.capture.setting import Setting
 
 __all__ = ["ReadingTracer"]
+
+_AS_THEY_ARE: Final = frozenset({int, float, bool, str, type(None), torch.dtype})
 
 
 class ReadingTracer(DecidingTracer):
@@ -78,6 +80,13 @@ class ReadingTracer(DecidingTracer):
         return attr_val
 
     def create_arg(self, a: Any) -> Any:
+        kind = type(a)
+        if kind in _AS_THEY_ARE:
+            return a
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if kind is tuple:  # the arguments of most calls: torch.fx would ask many more questions
+            return tuple([self.create_arg(item) for item in a])
         if isinstance(a, torch.Tensor):
             return self._tensor_proxy(a).node
         if isinstance(a, nn.Module):

@@ -251,13 +251,13 @@ class RegionRecorder:
 
 def _thread_state() -> tuple[Any, ...]:
     """What regions switch: the grad mode, autocast's cache, and autocast for each device type."""
-    states = ((torch._C.is_autocast_enabled(device), torch._C.get_autocast_dtype(device)) for device in _DEVICES)
-    return _is_grad_enabled(), torch.is_autocast_cache_enabled(), *states
+    enabled, dtypes = map(torch._C.is_autocast_enabled, _DEVICES), map(torch._C.get_autocast_dtype, _DEVICES)
+    return _is_grad_enabled(), torch.is_autocast_cache_enabled(), *enabled, *dtypes
 
 
 def _set_thread_state(state: tuple[Any, ...]) -> None:
     torch._C._set_grad_enabled(state[0])
     torch._C.set_autocast_cache_enabled(state[1])
-    for device, (enabled, dtype) in zip(_DEVICES, state[2:], strict=True):
+    for device, enabled, dtype in zip(_DEVICES, state[2 : 2 + len(_DEVICES)], state[2 + len(_DEVICES) :], strict=True):
         torch._C.set_autocast_enabled(device, enabled)
         torch._C.set_autocast_dtype(device, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import os
 import sysconfig
@@ -24,6 +25,7 @@ def is_library(filename: str) -> bool:
     return filename.startswith(_LIBRARY)
 
 
+@functools.cache
 def is_users(filename: str) -> bool:
     """Whether a file belongs neither to torch or fxamp nor to Python itself."""
     return not is_library(filename) and (not filename.startswith(_PYTHON) or "site-packages" in filename)

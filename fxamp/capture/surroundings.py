@@ -14,9 +14,10 @@ from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
 from fxamp.capture.outside import Outside
-from fxamp.capture.patches import mode_of, python_state, set_mode
+from fxamp.capture.patches import mode_of, set_mode
 from fxamp.capture.regions import autocast_as, is_device_type
 from fxamp.capture.setting import Ambient
+from fxamp.capture.state import python_state
 
 __all__ = ["autocast_answers", "changed_modules", "check_root", "modes", "put_back"]
 

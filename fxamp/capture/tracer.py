@@ -26,15 +26,14 @@ from fxamp.capture.calls import assign, has_hooks
 from fxamp.capture.clone import is_compiled
 from fxamp.capture.composed import composed
 from fxamp.capture.containers import Contents
+from fxamp.capture.drawing import RandomState, may_draw
 from fxamp.capture.facts import Facts
 from fxamp.capture.holder import modules_made
 from fxamp.capture.packed import packed_like_its_input, packed_sequences
 from fxamp.capture.patches import (
     autograd_functions,
-    check_random_state,
     compiled_functions,
     random_calls,
-    random_state,
     refusals,
     tensor_calls,
 )
@@ -45,7 +44,7 @@ from fxamp.capture.setting import Ambient, Setting, Traced
 from fxamp.capture.signature import Layout
 from fxamp.capture.source import user_line
 from fxamp.policy.operators import explicit
-from fxamp.policy.spellings import aten_name
+from fxamp.policy.spellings import aten_name, name_of_target
 
 __all__ = ["THIS", "WHOLE", "AmpTracer"]
 
@@ -153,10 +152,10 @@ class AmpTracer(ReadingTracer):
         return self._call_entry, proxies
 
     def _call_entry(self, *proxies: fx.Proxy) -> Any:
-        drawn = random_state()
+        drawn = RandomState()
         with self._generators.kept():
             result = self._entry(*proxies)
-        check_random_state(drawn)
+        drawn.check()
         self._regions.check()
         if self._refused:
             raise TraceError(self._refused[-1])  # the model's own code caught it
@@ -189,8 +188,10 @@ class AmpTracer(ReadingTracer):
         """What to trace in place of a call that autocast decides inside."""
         if kind not in ("call_function", "call_method"):
             return None
-        found = aten_name(kind, target, *_nodes_of((args, kwargs)))
+        found = None if "out_dtype" in kwargs else name_of_target(kind, target)
         if found is None:
+            found = aten_name(kind, target, *_nodes_of((args, kwargs)))
+        if not found:
             return body_of(kind, target)
         if self._device_type is None or explicit(found, self._device_type):
             return None
@@ -198,8 +199,12 @@ class AmpTracer(ReadingTracer):
         self.composed |= parts is not None
         return parts
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
+        node = super().create_node(kind, target, (), {}, *rest, **more)
+        if args:  # now, for torch.fx searches what it is given at first for symbolic sizes
+            node.args = args
+        if kwargs:
+            node.kwargs = kwargs
         node.meta["module"] = self.scope.module_path
         node.meta["regions"] = self._regions.open
         node.meta["source"] = user_line(sys._getframe(1))
@@ -221,13 +226,15 @@ class AmpTracer(ReadingTracer):
         path = self.path_of_module(m)
         if path in self.untraceable:
             return self._call_leaf(m, path, args, kwargs)
-        mark, drawn, held = self._mark(), random_state(), Contents(args, kwargs)
+        mark, held = self._mark(), Contents(args, kwargs)
+        drawn = RandomState() if may_draw(m) else None
         if self.is_leaf_module(m, path):
             self._check_forwards(m)
         try:
             with self._generators.kept():
                 result = super().call_module(m, forward, args, kwargs)
-            check_random_state(drawn)
+            if drawn is not None:
+                drawn.check()
             if len(self._refused) > mark.refused:
                 raise TraceError(self._refused[-1])  # the model's own code caught it
         except Exception as error:

@@ -7,6 +7,7 @@ it writes in place, whether it can be seen into.
 from __future__ import annotations
 
 import builtins
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -20,8 +21,8 @@ from torch.fx.node import _get_qualified_name
 from fxamp.capture.calls import MODE_CALLS, has_hooks
 from fxamp.capture.objects import Rebuilt
 from fxamp.policy.einsum import REACHES
-from fxamp.policy.spellings import aten_name
-from fxamp.policy.writes import writes_of
+from fxamp.policy.spellings import aten_name, name_of_target
+from fxamp.policy.writes import may_write, writes_of
 
 __all__ = ["Call", "argument_keys", "argument_nodes", "nodes_in", "read_call"]
 
@@ -96,18 +97,30 @@ class Call:
 def nodes_in(argument: Any) -> list[fx.Node]:
     """Every node in a nested argument in order, one entry a use."""
     found: list[fx.Node] = []
-
-    def note(node: fx.Node) -> fx.Node:
-        found.append(node)
-        return node
-
-    fx.map_arg(argument, note)
+    _collect(argument, found)
     return found
+
+
+def _collect(argument: Any, found: list[fx.Node]) -> None:
+    """As ``fx.map_arg`` goes through it, without a copy."""
+    if isinstance(argument, fx.Node):
+        found.append(argument)
+    elif isinstance(argument, tuple | list):
+        for item in argument:
+            _collect(item, found)
+    elif isinstance(argument, dict):
+        for item in argument.values():
+            _collect(item, found)
+    elif isinstance(argument, slice):
+        for item in (argument.start, argument.stop, argument.step):
+            _collect(item, found)
 
 
 def argument_nodes(node: fx.Node) -> list[fx.Node]:
     """Every node argument of a call in order, one entry a use; a *slot* is a place in this list."""
-    return nodes_in((node.args, node.kwargs))
+    found = nodes_in(node.args)
+    _collect(node.kwargs, found)
+    return found
 
 
 def argument_keys(node: fx.Node) -> list[int | str]:
@@ -120,6 +133,27 @@ def read_call(node: fx.Node, module_of: Callable[[str], Any]) -> Call:
     """What a call_function, call_method or call_module node does."""
     if node.op == "call_module":
         return _module_call(node, module_of(str(node.target)))
+    if name_of_target(node.op, node.target) is not None and _ARGUMENTS_THAT_COUNT.isdisjoint(node.kwargs):
+        found = _call_by_target(node.op, node.target, getattr(node.target, "__name__", ""))
+        if found is not None:
+            return found
+    return _read(node)
+
+
+_ARGUMENTS_THAT_COUNT: Final = frozenset({"out", "out_dtype", "inplace"})
+_GO_BY_ARGUMENTS: Final = (getattr, operator.setitem, "__setitem__")
+
+
+@functools.lru_cache(maxsize=2048)
+def _call_by_target(opcode: str, target: Any, spelled: str) -> Call | None:
+    """What a call does whatever it is given, or None when its arguments count."""
+    if target in _GO_BY_ARGUMENTS or may_write(target):
+        return None
+    call = _read(fx.Graph().create_node(opcode, target))
+    return None if call.inplace or call.writes else call
+
+
+def _read(node: fx.Node) -> Call:
     if isinstance(node.target, Rebuilt):
         return Call(node.target.__name__, steering=True, holds=True)
     op = _spelled(node)
@@ -167,7 +201,10 @@ def _spelled(node: fx.Node) -> str:
     if node.op == "call_method":
         return f"Tensor.{node.target}"
     assert callable(node.target)
-    name = _get_qualified_name(node.target)
+    return _shortened(_get_qualified_name(node.target))
+
+
+def _shortened(name: str) -> str:
     for long, short in _SHORT.items():
         if name.startswith(long):
             return short + name[len(long) :]

@@ -6,8 +6,11 @@ them decides anything on its own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any, Final
 
 import torch
 
@@ -81,10 +84,18 @@ class Decision:
     how: str = "call"
     state: AutocastState | None = None
 
+    def but(self, **changes: Any) -> Decision:
+        """The same with other values: ``dataclasses.replace`` without its questions, for there are many decisions."""
+        return Decision(**{**dict(zip(_FIELDS, _values_of(self), strict=True)), **changes})
+
     def __str__(self) -> str:
         dtype = f" in {abbreviate(self.runs_in)}" if self.runs_in is not None else ""
         casts = "".join(f", casts {cast.value} to {abbreviate(cast.dtype)}" for cast in self.casts)
         return f"{self.name}: {self.op} {self.rule or 'has no rule'}{dtype} ({self.reason or 'no tensors'}){casts}"
+
+
+_FIELDS: Final = tuple(field.name for field in fields(Decision))
+_values_of: Final = attrgetter(*_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -109,12 +120,19 @@ class PrecisionPlan:
         Raises:
             PlanError: when the graph has no such node.
         """
-        for decision in self.decisions:
-            if decision.name == name:
-                return decision
+        found = self._by_name.get(name)
+        if found is not None:
+            return found
         close = nearest(name, (decision.name for decision in self.decisions))
         hint = f"write '{close}'" if close else "print(amp.report()) lists the names"
         raise PlanError(f"the plan has no node '{name}'", hint=hint)
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Decision]:
+        return {decision.name: decision for decision in self.decisions}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_by_name"}
 
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)

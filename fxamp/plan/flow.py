@@ -6,9 +6,10 @@ the shape matters: a 0-dim tensor does not widen others (``bf16[3] + f32[]`` is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -71,7 +72,13 @@ def tensors_in(flow: Flow) -> tuple[Value, ...]:
     if isinstance(flow, Tensors):
         return (flow.each,)
     if isinstance(flow, tuple):
-        return tuple(value for item in flow for value in tensors_in(item))
+        found: list[Value] = []
+        for item in flow:
+            if isinstance(item, Value):
+                found.append(item)
+            else:
+                found.extend(tensors_in(item))
+        return tuple(found)
     return ()
 
 
@@ -89,6 +96,9 @@ def element(flow: Flow, index: Any) -> Flow:
     return NOT_A_TENSOR
 
 
+_REAL: Final = frozenset({None, *(d for d in vars(torch).values() if isinstance(d, torch.dtype) and not d.is_complex)})
+
+
 def outcome(kind: Any, inputs: tuple[Value, ...]) -> Flow:
     """What an operator gives back.
 
@@ -96,7 +106,7 @@ def outcome(kind: Any, inputs: tuple[Value, ...]) -> Flow:
         kind: as ``fxamp.policy.flow.output_kind`` says; a kind speaks of real tensors.
         inputs: the tensors it is given, after any casts.
     """
-    if any(value.dtype is not None and value.dtype.is_complex for value in inputs):
+    if not _REAL.issuperset([value.dtype for value in inputs]):
         kind = tuple(None for _ in kind) if isinstance(kind, tuple) else None
     if isinstance(kind, tuple):
         return tuple(outcome(item, inputs) for item in kind)
@@ -138,9 +148,9 @@ def _promote(inputs: tuple[Value, ...], *, floating: bool) -> Value:
     if len(set(dtypes)) == 1:
         found = dtypes[0]
     elif any(value.scalar is None for value in inputs):
-        found = _promote_doubtful(inputs)
+        found = _promote_doubtful(tuple([(value.dtype, value.scalar) for value in inputs]))
     else:
-        found = _result_type(inputs)
+        found = _result_type(tuple([(value.dtype, value.scalar) for value in inputs]))
     if found is not None and floating and not (found.is_floating_point or found.is_complex):
         found = torch.get_default_dtype()
     elif found is not None and not floating and not found.is_floating_point and not found.is_complex:
@@ -150,25 +160,29 @@ def _promote(inputs: tuple[Value, ...], *, floating: bool) -> Value:
 
 
 def _all_scalar(inputs: tuple[Value, ...]) -> bool | None:
-    if any(value.scalar is False for value in inputs):
-        return False
-    return True if all(value.scalar for value in inputs) else None
+    found = {value.scalar for value in inputs}
+    return False if False in found else None if None in found else True
 
 
-def _promote_doubtful(inputs: tuple[Value, ...]) -> torch.dtype | None:
+_Inputs = tuple[tuple[torch.dtype | None, bool | None], ...]  # dtype, and whether 0-dim
+
+
+@functools.lru_cache(maxsize=4096)
+def _promote_doubtful(inputs: _Inputs) -> torch.dtype | None:
     """The promoted dtype when it is the same whichever of the doubtful inputs are 0-dim."""
-    doubtful = [i for i, value in enumerate(inputs) if value.scalar is None]
+    doubtful = [i for i, (_, scalar) in enumerate(inputs) if scalar is None]
     if len(doubtful) > 3:
         return None
     found = set()
     for mask in range(2 ** len(doubtful)):
         scalars = {i: bool(mask >> bit & 1) for bit, i in enumerate(doubtful)}
-        found.add(_result_type(tuple(Value(v.dtype, scalars.get(i, v.scalar)) for i, v in enumerate(inputs))))
+        found.add(_result_type(tuple((dtype, scalars.get(i, scalar)) for i, (dtype, scalar) in enumerate(inputs))))
     return found.pop() if len(found) == 1 else None
 
 
-def _result_type(inputs: tuple[Value, ...]) -> torch.dtype:
-    samples = [torch.empty(() if value.scalar else (1,), dtype=value.dtype, device="meta") for value in inputs]
+@functools.lru_cache(maxsize=4096)
+def _result_type(inputs: _Inputs) -> torch.dtype:
+    samples = [torch.empty(() if scalar else (1,), dtype=dtype, device="meta") for dtype, scalar in inputs]
     result = samples[0]
     for sample in samples[1:]:
         result = torch.empty(

@@ -6,6 +6,7 @@ from ``rules``, what is shared from ``sharing``, what it gives back from ``resul
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import fx, nn
 
-from fxamp.capture import AutocastState, assign, state_of
+from fxamp.capture import AutocastState, Region, assign, state_of
 from fxamp.capture.tracer import THIS
 from fxamp.dtypes import is_castable, promotable
 from fxamp.plan.calls import Call, argument_keys, argument_nodes, read_call
@@ -68,6 +69,7 @@ def make_plan(
     Raises:
         PlanError: when the graph has an operator that autocast refuses to run.
     """
+    attribute = functools.cache(attribute)  # nothing is put in the place of another while a plan is made
     unsure: frozenset[str] = frozenset()
     while True:
         planner = _Planner(attribute, policy, rulings, observer, unsure)
@@ -97,18 +99,19 @@ class _Planner:
         self._device_type = policy.device_type
         self._ambient = AutocastState(policy.dtype, enabled=policy.name != "full")
         self._flows: dict[fx.Node, Flow] = {}
+        self._states: dict[tuple[Region, ...], AutocastState] = {}
 
     def decide(self, node: fx.Node) -> Decision:
-        blank = Decision(node.name, node.op, module=node.meta["module"], source=node.meta["source"])
         if node.op in ("placeholder", "get_attr", "output"):
+            blank = Decision(node.name, node.op, module=node.meta["module"], source=node.meta["source"])
             decision = self._boundary(node, blank)
             self.sharing.define(node)
         else:
             call = read_call(node, self._attribute)
-            decision = self._decide_call(node, call, blank)
+            decision = self._decide_call(node, call)
             self.sharing.define(node, call, from_table=decision.reason == "op table")
         if self._observer is not None:
-            decision = replace(decision, output=self._observed(self._observer, node, decision))
+            decision = decision.but(output=self._observed(self._observer, node, decision))
         self._flows[node] = decision.output
         return decision
 
@@ -134,26 +137,27 @@ class _Planner:
 
     def _boundary(self, node: fx.Node, blank: Decision) -> Decision:
         if node.op == "placeholder":
-            return replace(blank, output=UNKNOWN, reason="model input")
+            return blank.but(output=UNKNOWN, reason="model input")
         if node.op == "get_attr":
             value = self._attribute(str(node.target))
             if self._is_unsure(node):
-                return replace(blank, output=UNKNOWN)
-            return replace(blank, output=NOT_A_TENSOR if isinstance(value, nn.Module) else of_object(value))
-        return replace(blank, inputs=tuple(self._flows[n] for n in argument_nodes(node)))
+                return blank.but(output=UNKNOWN)
+            return blank.but(output=NOT_A_TENSOR if isinstance(value, nn.Module) else of_object(value))
+        return blank.but(inputs=tuple(self._flows[n] for n in argument_nodes(node)))
 
-    def _decide_call(self, node: fx.Node, call: Call, blank: Decision) -> Decision:
-        inputs = tuple(self._flows[n] for n in argument_nodes(node))
+    def _decide_call(self, node: fx.Node, call: Call) -> Decision:
+        inputs = tuple([self._flows[n] for n in argument_nodes(node)])
         if node.target in _REFLECTED and inputs[0] == NOT_A_TENSOR:
             call = replace(call, aten=_REFLECTED[node.target])
-        blank = replace(blank, op=call.op, aten=call.aten, inputs=inputs)
+        where: Any = {"module": node.meta["module"], "source": node.meta["source"], "inputs": inputs}
         if call.steering:
-            return replace(blank, output=UNKNOWN) if call.holds else blank
+            return Decision(node.name, call.op, call.aten, output=UNKNOWN if call.holds else NOT_A_TENSOR, **where)
         if not tensors_in(inputs) and (call.aten or isinstance(node.target, BuiltinFunctionType)):
-            return replace(blank, output=self._result(node, call, inputs, ()))  # nothing that could be cast
-        state = state_of(node.meta["regions"], self._device_type, self._ambient)
+            output = self._result(node, call, inputs, ())  # nothing that could be cast
+            return Decision(node.name, call.op, call.aten, output=output, **where)
+        state = self._state(node.meta["regions"])
         ruling = self._rules.ruling(node, call, state)
-        decision = replace(blank, rule=ruling.rule, reason=ruling.reason, state=state)
+        decision = Decision(node.name, call.op, call.aten, ruling.rule, ruling.reason, state=state, **where)
         if ruling.rule == "opaque" or (not call.aten and self._rules.overridden(node) and not call.inplace):
             return self._ambient_call(node, decision)
         if ruling.rule == "banned":
@@ -161,6 +165,11 @@ class _Planner:
         if ruling.rule == "fp32_dtype":
             return self._through_dtype(node, call, decision)
         return self._through_casts(node, call, decision)
+
+    def _state(self, regions: tuple[Region, ...]) -> AutocastState:
+        if regions not in self._states:
+            self._states[regions] = state_of(regions, self._device_type, self._ambient)
+        return self._states[regions]
 
     def _ambient_call(self, node: fx.Node, decision: Decision) -> Decision:
         """A call that cannot be seen into: autocast decides inside it, at run time."""
@@ -171,22 +180,22 @@ class _Planner:
             self.sharing.note_ambient(node, decision.inputs)
         output = Value(_AUTOCAST_GIVES.get(decision.aten)) if enabled else UNKNOWN
         state = replace(decision.state, enabled=enabled)
-        return replace(decision, how="ambient" if enabled else "call", casts=casts, state=state, output=output)
+        return decision.but(how="ambient" if enabled else "call", casts=casts, state=state, output=output)
 
     def _through_dtype(self, node: fx.Node, call: Call, decision: Decision) -> Decision:
         """Float32 through the operator's own ``dtype=``, where it may be cast and the user gives none."""
         first = next((flow for flow in decision.inputs if tensors_in(flow)), NOT_A_TENSOR)
         dtype = first.dtype if isinstance(first, Value) else None
-        decision = replace(decision, rule="fp32")
+        decision = decision.but(rule="fp32")
         if not _gives_dtype(node):
             if dtype is None:
-                return replace(decision, how="dtype if castable", output=UNKNOWN)
+                return decision.but(how="dtype if castable", output=UNKNOWN)
             if is_castable(dtype):
-                return replace(decision, how="dtype", runs_in=torch.float32, output=Value(torch.float32))
+                return decision.but(how="dtype", runs_in=torch.float32, output=Value(torch.float32))
         else:
-            decision = replace(decision, rule="follow", reason="its own dtype=")
+            decision = decision.but(rule="follow", reason="its own dtype=")
         output = self._result(node, call, decision.inputs, tensors_in(decision.inputs))
-        return replace(decision, runs_in=output.dtype if isinstance(output, Value) else None, output=output)
+        return decision.but(runs_in=output.dtype if isinstance(output, Value) else None, output=output)
 
     def _through_casts(self, node: fx.Node, call: Call, decision: Decision) -> Decision:
         target, how = self._target(node, decision)
@@ -194,7 +203,7 @@ class _Planner:
         cast_inputs = _after(decision, casts)
         output = self._result(node, call, decision.inputs, cast_inputs)
         runs_in = _computes_in(target, cast_inputs, output)
-        return replace(decision, casts=casts, how=how, runs_in=runs_in, output=output)
+        return decision.but(casts=casts, how=how, runs_in=runs_in, output=output)
 
     def _target(self, node: fx.Node, decision: Decision) -> tuple[torch.dtype | None, str]:
         """The dtype that all tensor inputs are cast to, or None for no casts, and how to call."""
@@ -248,12 +257,14 @@ def _castable(values: Iterable[Value]) -> list[torch.dtype | None]:
 
 def _after(decision: Decision, casts: tuple[Cast, ...]) -> tuple[Value, ...]:
     """The tensors that a call computes with."""
+    if not casts:
+        return tensors_in(decision.inputs)
     targets = {cast.slot: cast.dtype for cast in casts}
     given = [(value, targets.get(slot)) for slot, flow in enumerate(decision.inputs) for value in tensors_in(flow)]
     values = [
         Value(target, v.scalar) if target and v.dtype and _casts_to(v.dtype, target) else v for v, target in given
     ]
-    if decision.aten not in ONE_DTYPE or not targets:
+    if decision.aten not in ONE_DTYPE:
         return tuple(values)  # a soft cast may find float64, or no floating dtype, and pass it on
     one = next(iter(targets.values()))
     known = any(value.dtype == one for value in values)

@@ -66,17 +66,16 @@ class Sharing:
             self._may_be[node] = self._named(node)
             return
         self._grad_modes += node.target in _SWITCHES
-        kind = output_kind(call.aten, node.target, node.args, node.kwargs) if call.aten else None
         hands_on = call.inplace or call.holds or call.aten in _MAY_RETURN_ITSELF
-        fresh = from_table or not (kind in (None, "first") or hands_on)
-        self._writes.define(node, fresh=fresh)
+        self._writes.define(node, fresh=from_table or not (hands_on or _may_be_a_view(node, call)))
         if not call.steering and (not call.aten or call.aten in _MAKES_LEAVES):
             self._may_be[node] = frozenset({node.name}) | self._handed_on(node, call)
         elif hands_on:
             self._may_be[node] = frozenset().union(*(self._may_be[n] for n in node.all_input_nodes))
         else:
             self._may_be[node] = frozenset()
-        self._writes.write(call.writes)
+        if call.writes:
+            self._writes.write(call.writes)
         for module in self._modules(node):
             self._writes.touch(storage_of(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
@@ -94,18 +93,18 @@ class Sharing:
         value = self._attribute(str(source.target)) if source.op == "get_attr" else None
         weight = isinstance(value, nn.Parameter)
         trained = weight and value.requires_grad  # type: ignore[union-attr]
-        cast = replace(cast, weight=weight, epoch=state.epoch)
         if not share:
+            return replace(cast, weight=weight, epoch=state.epoch)
+        version = self._writes.version(source, guessed=False)
+        cast = replace(cast, weight=weight, epoch=state.epoch, version=version)
+        if not self._everything and (cast.dtype != state.dtype or not state.cache_enabled):
             return cast
-        cast = replace(cast, version=self._writes.version(source, guessed=False))
         # autocast has one copy of a weight with gradients; whether another tensor is one with it, nobody would tell.
-        version = cast.version if trained else self._writes.version(source)
+        version = version if trained else self._writes.version(source)
         key = f"{source.name}:{cast.dtype}:{version}:{state.epoch}"
         if self._everything:
             # A cast that was made without gradients does not serve a use with them; that of a weight always has them.
             return replace(cast, share=key if weight else f"{key}:{self._grad_modes}")
-        if cast.dtype != state.dtype or not state.cache_enabled:
-            return cast
         self._leaves[source.name] = self._may_be[source]
         for leaf in self._may_be[source]:
             # The cache of autocast has one copy of a leaf, whatever its dtype: two dtypes are left to it.
@@ -126,9 +125,10 @@ class Sharing:
 
     def _modules(self, node: fx.Node) -> list[nn.Module]:
         """The modules that a call runs, or is given."""
-        sources = [node] if node.op == "call_module" else []
-        sources += [source for source in node.all_input_nodes if source.op == "get_attr"]
-        values = (self._attribute(str(source.target)) for source in sources)
+        sources = [source for source in node.all_input_nodes if source.op == "get_attr"]
+        if node.op == "call_module":
+            sources.insert(0, node)
+        values = [self._attribute(str(source.target)) for source in sources]
         return [value for value in values if isinstance(value, nn.Module)]
 
     def with_ambient(self, decisions: list[Decision]) -> list[Decision]:
@@ -154,6 +154,11 @@ class Sharing:
         value = self._attribute(str(node.target))
         is_leaf = isinstance(value, torch.Tensor) and value.requires_grad
         return frozenset({id(value)} if is_leaf else ())
+
+
+def _may_be_a_view(node: fx.Node, call: Call) -> bool:
+    kind = output_kind(call.aten, node.target, node.args, node.kwargs) if call.aten else None
+    return kind in (None, "first")
 
 
 def _is_torchs(module: nn.Module) -> bool:

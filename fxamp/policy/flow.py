@@ -148,16 +148,16 @@ def output_kind(
         >>> output_kind("add"), output_kind("softmax"), output_kind("topk")
         ('promote', 'first', ('first', 'int64'))
     """
-    given = (*args, *(kwargs or {}).values())
-    if any(isinstance(argument, torch.dtype) for argument in given):
+    kwargs = kwargs or {}
+    if torch.dtype in map(type, args) or torch.dtype in map(type, kwargs.values()):
         return None
     if aten in _REDUCTION_OR_PAIR:
-        return _reduction_or_pair(args, kwargs or {})
+        return _reduction_or_pair(args, kwargs)
     if aten in _FIRST_OF.values():
         same = isinstance(target, type(F.embedding_bag)) and _FIRST_OF.get(target) == aten
         return ("promote" if aten == "embedding_bag" else "first") if same else None
     arguments, changed = _ARGUMENT_CHANGES.get(aten, ("", None))
-    if any((kwargs or {}).get(name) not in (None, False) for name in arguments.split()):
+    if arguments and any(kwargs.get(name) not in (None, False) for name in arguments.split()):
         return changed
     return _kind_of_operator(aten)
 

@@ -26,7 +26,7 @@ from fxamp.policy.einsum import REACHES
 from fxamp.policy.operators import aten_packets, is_aten, packet_of
 from fxamp.policy.python_table import CAST_METHODS, FUNCTIONS, METHODS, OPERATOR_MODULE
 
-__all__ = ["CAST_METHODS", "aten_name", "given_argument", "resolve_operator"]
+__all__ = ["CAST_METHODS", "aten_name", "given_argument", "name_of_target", "resolve_operator"]
 
 # The last argument of mm, addmm and their kind: it chooses an overload that autocast does not list.
 _UNLISTED_OVERLOAD: Final = "out_dtype"
@@ -56,6 +56,32 @@ def aten_name(
     kwargs = kwargs or {}
     if _UNLISTED_OVERLOAD in kwargs:
         return None
+    found = name_of_target(opcode, target)
+    return _name(opcode, target, args, kwargs) if found is None else found or None
+
+
+def name_of_target(opcode: str, target: Any) -> str | None:
+    """The operator that a node reaches whatever its arguments, "" when it reaches none; None: they may tell.
+
+    As long as no argument is ``out_dtype``.
+    """
+    lasting = isinstance(target, _LASTING) or (isinstance(target, types.FunctionType) and target in _by_function())
+    return _fixed_name(opcode, target, getattr(target, "__name__", "")) if lasting else None
+
+
+@functools.lru_cache(maxsize=2048)
+def _fixed_name(opcode: str, target: Any, spelled: str) -> str | None:
+    # The name counts too: two builtins of one implementation, as some of torch's are, are equal.
+    if opcode == "call_method":
+        told = target == "norm"
+    elif target in _by_function():
+        told = len(_by_function()[target]) > 1 or "inplace" in _parameters(target)
+    else:
+        told = target in _TOLD_BY_ARGUMENTS or spelled == "norm"
+    return None if told else _name(opcode, target, (), {}) or ""
+
+
+def _name(opcode: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     if opcode == "call_method":
         return _method_name(str(target), args, kwargs)
     return _function_name(target, args, kwargs) if opcode == "call_function" else None
@@ -84,6 +110,19 @@ def resolve_operator(key: str | Callable[..., Any]) -> str:
     if found is None or not is_aten(found):
         raise _unknown(key, known=target is not None and not isinstance(target, str))
     return found
+
+
+# Of these nothing of the user's is kept alive: names, and what torch and Python are made of.
+_LASTING: Final = (str, types.BuiltinFunctionType, types.MethodDescriptorType, torch._ops.OpOverload)
+_TOLD_BY_ARGUMENTS: Final = (
+    F.pad,
+    torch._C._nn.pad,
+    F.interpolate,
+    torch.sparse.mm,
+    torch.norm,
+    operator.truediv,
+    operator.sub,
+)
 
 
 # -- functions -----------------------------------------------------------------------------------------

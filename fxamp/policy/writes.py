@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from fxamp.policy.spellings import given_argument
 
-__all__ = ["writes_of"]
+__all__ = ["may_write", "writes_of"]
 
 # The arguments that are written, and the one that has to be given for that.
 _SILENT: Final[Mapping[Any, tuple[tuple[str, ...], str]]] = {
@@ -36,6 +36,12 @@ def writes_of(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
         (('table',), ())
     """
     return tuple(value for value in _written(target, args, kwargs) if value is not None)
+
+
+def may_write(target: Any) -> bool:
+    """Whether there are arguments with which a call writes to one of them, ``out=`` apart."""
+    silent = callable(target) and (target in _SILENT_BUILTINS or target in _SILENT)
+    return silent or any(True for _ in _marked(target))
 
 
 def _written(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:

@@ -49,6 +49,18 @@ class _Inserter:
 
     def copy(self, node: fx.Node, new: dict[fx.Node, fx.Node]) -> fx.Node:
         decision = self._decisions[node.name]
+        args, kwargs = self._arguments(node, decision, new) if decision.casts else _mapped(node, new.__getitem__)
+        op, target, args, kwargs = _called(node, decision, args, kwargs, self._device_type, self._module)
+        result = self._graph.create_node(op, target)
+        if args:  # now, for torch.fx searches what it is given at first for symbolic sizes
+            result.args = args
+        if kwargs:
+            result.kwargs = kwargs
+        result.name = node.name
+        result.meta = dict(node.meta)
+        return result
+
+    def _arguments(self, node: fx.Node, decision: Decision, new: Mapping[fx.Node, fx.Node]) -> tuple[Any, Any]:
         casts = {cast.slot: cast for cast in decision.casts}
         sources = argument_nodes(node)
         low = {
@@ -56,16 +68,7 @@ class _Inserter:
             for slot in _cast_order(node, decision.aten, casts)
         }
         slots = itertools.count()
-
-        def argument(source: fx.Node) -> fx.Node:
-            return low.get(next(slots), new[source])
-
-        args, kwargs = fx.map_arg((node.args, node.kwargs), argument)
-        op, target, args, kwargs = _called(node, decision, args, kwargs, self._device_type, self._module)
-        result = self._graph.create_node(op, target, args, dict(kwargs))
-        result.name = node.name
-        result.meta = dict(node.meta)
-        return result
+        return _mapped(node, lambda source: low.get(next(slots), new[source]))
 
     def _module(self, path: str) -> fx.Node:
         node = self._graph.create_node("get_attr", path)
@@ -96,6 +99,12 @@ class _Inserter:
         if cast.share:
             self._shared.setdefault(cast.share, node)
         return node
+
+
+def _mapped(node: fx.Node, argument: Callable[[fx.Node], fx.Node]) -> tuple[Any, Any]:
+    """The arguments of a call for other nodes."""
+    kwargs: Any = fx.map_arg(node.kwargs, argument) if node.kwargs else {}
+    return fx.map_arg(node.args, argument), dict(kwargs)
 
 
 def _cast_order(node: fx.Node, aten: str, casts: Mapping[int, Cast]) -> list[int]:

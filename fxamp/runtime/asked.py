@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxamp.capture import Ambient, Layout, Program, Setting, grad_mode
+from fxamp.capture import Ambient, Layout, Program, Setting, Traced, grad_mode
 from fxamp.errors import CaptureError
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
@@ -22,11 +22,12 @@ MAX_STARS = 4
 class Stages(NamedTuple):
     """The stages after capture.
 
-    ``build`` makes plan and graph of what was traced; ``report`` shows them; ``freeze`` folds the weights of
-    a conversion into the low dtype, and tells which keep a low copy beside them.
+    ``plan`` decides about what was traced, and ``rewrite`` makes a graph of that; ``report`` shows them; ``freeze``
+    folds the weights of a conversion into the low dtype, and tells which keep a low copy beside them.
     """
 
-    build: Callable[..., tuple[PrecisionPlan, fx.Graph]]
+    plan: Callable[..., PrecisionPlan]
+    rewrite: Callable[[Traced, PrecisionPlan], fx.Graph]
     report: Callable[..., Any]
     freeze: Callable[..., dict[str, tuple[str, torch.dtype]]]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxamp.capture.patches import python_state
+from fxamp.capture.state import python_state
 from fxamp.capture.tracer import WHOLE
 from fxamp.errors import CaptureError
 from fxamp.runtime.conversion import Conversion

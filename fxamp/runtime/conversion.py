@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,7 +93,10 @@ class Conversion:
                 self.traced.append((mode, traced))
             elif traced.layout == self.layout:
                 self._trace(mode, traced.layout)
-        self.variants = [(mode, self._build(mode, traced)) for mode, traced in self.traced]
+        made: list[tuple[str, Variant]] = []
+        for mode, traced in self.traced:
+            made.append((mode, self._build(mode, traced, made)))
+        self.variants = made
         self._check_op_overrides()
         device_type = self.policy.device_type or "cpu"
         scales = self.policy.dtype == torch.float16 and self.policy.name != "full"
@@ -133,21 +136,22 @@ class Conversion:
     def _attribute(self, path: str) -> Any:
         return self.program.attribute(path)
 
-    def _build(self, mode: str, traced: Traced) -> Variant:
-        for other, variant in self.variants:
-            if variant.traced is traced and other == mode:
-                return variant
-        examples = self.examples if traced.layout == self.layout else None
+    def _build(self, mode: str, traced: Traced, known: Sequence[tuple[str, Variant]]) -> Variant:
+        for other, variant in known:
+            if variant.traced is traced:
+                return variant if other == mode else variant.in_mode(mode, self.stages.rewrite)
+        return self._planned(mode, traced, self.examples if traced.layout == self.layout else None)
+
+    def _planned(self, mode: str, traced: Traced, examples: list[Any] | None) -> Variant:
         with torch.inference_mode(False):
-            plan, graph = self.stages.build(self.program, traced, self.policy, mode, examples)
-        return Variant.of(self.program, traced, plan, graph, examples if traced.fits is None else None)
+            observed = examples if traced.fits is None else None
+            plan = self.stages.plan(self.program, traced, self.policy, mode, examples)
+            return Variant.of(self.program, traced, plan, self.stages.rewrite(traced, plan), observed)
 
     def by_rule(self, variant: Variant) -> Variant:
         """The same graph planned for inputs of any dtype."""
         if variant.by_rule is None:
-            with torch.inference_mode(False):
-                plan, graph = self.stages.build(self.program, variant.traced, self.policy, self.mode, None)
-            variant.by_rule = Variant.of(self.program, variant.traced, plan, graph)
+            variant.by_rule = self._planned(self.mode, variant.traced, None)
         return variant.by_rule
 
     @property
@@ -182,7 +186,7 @@ class Conversion:
                 hint="pass what changes as a tensor",
             )
         traced = self._trace(self.mode, layout, values_of(layout, values))
-        self.variants.append((self.mode, self._build(self.mode, traced)))
+        self.variants.append((self.mode, self._build(self.mode, traced, self.variants)))
         return self.variants[-1][1]
 
     def find(self, layout: Layout, values: Mapping[str, Any] | None = None) -> Variant | None:

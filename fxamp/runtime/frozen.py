@@ -75,4 +75,4 @@ def _prepare(conversion: Conversion, known: Traced) -> None:
             with mode():
                 traced = conversion.trace_for("eval", known)
             if not any(variant.traced is traced and name == "eval" for name, variant in conversion.variants):
-                conversion.variants.append(("eval", conversion._build("eval", traced)))
+                conversion.variants.append(("eval", conversion._build("eval", traced, conversion.variants)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class Variant:
 
     traced: Traced
     plan: PrecisionPlan
-    graph: fx.Graph
+    made: fx.Graph | Callable[[], fx.Graph]
     footing: Footing
     function: Any = None
     code: str = ""
@@ -41,7 +42,7 @@ class Variant:
         program: Program,
         traced: Traced,
         plan: PrecisionPlan,
-        graph: fx.Graph,
+        made: fx.Graph | Callable[[], fx.Graph],
         examples: Sequence[Any] | None = None,
     ) -> Variant:
         """The graph of a program's trace, planned for such examples when there are any."""
@@ -49,7 +50,23 @@ class Variant:
         particular = bool(traced.grad or tensors or traced.fits) or traced.asks_numbers()
         observed = tuple(map(_observed, examples or ()))
         footing = Footing(program, traced)
-        return Variant(traced, plan, graph, footing, tensors=tensors, observed=observed, particular=particular)
+        return Variant(traced, plan, made, footing, tensors=tensors, observed=observed, particular=particular)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The rewritten graph; it is made when it is asked for first."""
+        if not isinstance(self.made, fx.Graph):
+            self.made = self.made()
+        return self.made
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        self.made = graph
+
+    def in_mode(self, mode: str, rewrite: Callable[[Traced, PrecisionPlan], fx.Graph]) -> Variant:
+        """The same for another mode, for which nothing is traced or decided otherwise; its graph is one of its own."""
+        plan = replace(self.plan, mode=mode)
+        return replace(self, plan=plan, made=partial(rewrite, self.traced, plan), function=None, code="", by_rule=None)
 
     def over(self, program: Program, clone: Callable[[Any], Any]) -> Variant:
         """The same graph over the modules of a clone of its program."""
