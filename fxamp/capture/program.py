@@ -46,6 +46,10 @@ _KEPT = ("_function", "_loss", "_holder", "_loss_module", "_bound", "signature")
 _NUMBER = re.compile(r"(int|float)\(\) argument must be|a traced value cannot be")
 
 
+class _ReadsCount(Exception):
+    """A trace that did not see what is read turned out to need it."""
+
+
 class Program:
     """A model and its loss.
 
@@ -209,7 +213,7 @@ class Program:
         numbers = False
         while True:
             try:
-                traced, changed = self._trace_once(layout, setting, facts(), untraceable, numbers)
+                traced, changed = self._trace_seeing(layout, setting, facts, untraceable, numbers)
             except CaptureError as error:
                 if self._adopts():
                     continue
@@ -245,6 +249,22 @@ class Program:
         self._make_trees()
         return True
 
+    def _trace_seeing(
+        self,
+        layout: Layout,
+        setting: Setting,
+        facts: Callable[[], Facts | None],
+        untraceable: Mapping[str, str],
+        numbers: bool,
+    ) -> tuple[Traced, dict[str, str]]:
+        """As ``_trace_once``, which sees what is read only when it turns out that this counts: that takes its time."""
+        extras = dict(self.extras)
+        with suppress(_ReadsCount):
+            return self._trace_once(layout, setting, facts(), untraceable, numbers, reads=False)
+        self.extras.clear()
+        self.extras.update(extras)
+        return self._trace_once(layout, setting, facts(), untraceable, numbers, reads=True)
+
     def _trace_once(
         self,
         layout: Layout,
@@ -252,8 +272,14 @@ class Program:
         facts: Facts | None,
         untraceable: Mapping[str, str],
         numbers: bool,
+        *,
+        reads: bool,
     ) -> tuple[Traced, dict[str, str]]:
-        """A graph, and the modules whose Python state the trace changed: these have to stay calls."""
+        """A graph, and the modules whose Python state the trace changed: these have to stay calls.
+
+        Raises:
+            _ReadsCount: when an attribute was set to a traced value, and ``reads`` were not to be seen.
+        """
         root, loss_tree = clone_trees(self.tree, self.loss_tree)
         stop_iterators(root.modules())
         if self._function is not None:
@@ -277,13 +303,16 @@ class Program:
             asked = stack.enter_context(autocast_answers(setting.ambient, outside))
             stack.enter_context(outside.answering(tracer.answers()))
             try:
-                graph = tracer.run(entry.names(), numbers=numbers)
+                graph = tracer.run(entry.names(), numbers=numbers, reads=reads)
+                if tracer.keeps_traced and not reads:
+                    raise _ReadsCount
                 if left := outside.restore():
                     raise TraceError(left)
                 changed = changed_modules(originals, state[1]) | changed_modules(modules, state[0])
                 check_root(changed, drawn)
             except Exception as error:
-                raise capture_error(self.name, error) from error
+                blind = tracer.keeps_traced and not reads
+                raise (_ReadsCount() if blind else capture_error(self.name, error)) from error
             finally:
                 outside.restore()
                 torch.set_rng_state(drawn)
