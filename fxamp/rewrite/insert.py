@@ -102,9 +102,10 @@ class _Inserter:
 
 
 def _mapped(node: fx.Node, argument: Callable[[fx.Node], fx.Node]) -> tuple[Any, Any]:
-    """The arguments of a call for other nodes."""
+    """The arguments of a call for other nodes, in the order of its slots."""
+    args = fx.map_arg(node.args, argument)
     kwargs: Any = fx.map_arg(node.kwargs, argument) if node.kwargs else {}
-    return fx.map_arg(node.args, argument), dict(kwargs)
+    return args, dict(kwargs)
 
 
 def _cast_order(node: fx.Node, aten: str, casts: Mapping[int, Cast]) -> list[int]:
