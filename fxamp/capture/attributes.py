@@ -33,6 +33,8 @@ class _Write(NamedTuple):
 class Attributes:
     """The attributes that one trace reads and sets.
 
+    After it ``keeps_traced`` says whether one was set to a traced value: then the trace counts only if reads were seen.
+
     Args:
         paths: identity of each module that counts, to its path.
         modules: path to the module whose mode the trace is made in.
@@ -52,6 +54,7 @@ class Attributes:
         self.mode_readers: dict[str, bool] = {}
         self._paths, self._modules = paths, modules
         self._assign, self._sized, self._meet = assign, sized, meet
+        self.keeps_traced = False
         self._read: set[tuple[int, str]] = set()
         self._writes: list[_Write] = []
 
@@ -69,8 +72,8 @@ class Attributes:
                 module.__dict__[name] = before
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Sees every attribute that is read, set or deleted until the block ends."""
+    def watched(self, *, reads: bool) -> Iterator[None]:
+        """Sees every attribute that is set or deleted until the block ends, and every one that is read if asked to."""
         get, set_plain, delete = nn.Module.__getattribute__, nn.Module.__setattr__, nn.Module.__delattr__
 
         def get_watched(module: nn.Module, name: str) -> Any:
@@ -94,7 +97,7 @@ class Attributes:
             delete(module, name)
 
         patches: dict[str, Any] = {
-            "__getattribute__": get_watched,
+            **({"__getattribute__": get_watched} if reads else {}),
             "__setattr__": set_watched,
             "__delattr__": delete_watched,
             "training": property(self._training, self._set_training),
@@ -118,6 +121,7 @@ class Attributes:
     def _set(self, module: nn.Module, name: str, value: Any) -> None:
         before = module.__dict__.get(name, _MISSING)
         if isinstance(value, fx.Proxy):
+            self.keeps_traced = True
             self._check_next_call(module, name)
             self._assign(module, name, value)
         elif not (value is before or (type(value) is type(before) and value == before)):

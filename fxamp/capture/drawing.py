@@ -39,7 +39,7 @@ class RandomState:
 
 
 def may_draw(module: nn.Module) -> bool:
-    """Whether a module is to be looked at itself: most of torch's own draw none, and their callers are looked at."""
+    """Whether a module is to be looked at itself: most of torch's own draw none, and whoever calls one is looked at."""
     where = getattr(getattr(type(module), "forward", None), "__module__", None) or ""
     return "forward" in module.__dict__ or not where.startswith("torch.nn.modules.") or where in _WITH_FUNCTIONS
 

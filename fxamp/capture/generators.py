@@ -7,10 +7,11 @@ forward makes is made at every call. What sets the state of one while it is trac
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ class Generators:
     def __init__(self, modules: Iterable[nn.Module], function: Any) -> None:
         modules = list(modules)
         forwards = [inspect.getattr_static(kind, "forward", None) for kind in {type(module) for module in modules}]
-        roots = [*map(vars, modules), *(each for each in forwards if isinstance(each, FunctionType)), function]
+        roots = [*map(_kept, modules), *(each for each in forwards if isinstance(each, FunctionType)), function]
         found = reachable({str(i): root for i, root in enumerate(roots)})
         self._known = [value for _, value in found if isinstance(value, torch.Generator)]
         self._set = False
@@ -81,3 +82,12 @@ class Generators:
         """
         if not any(generator is known for known in self._known):
             raise TraceError("uses a torch.Generator that is no attribute of a module")
+
+
+def _kept(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps, without what cannot reach a generator: its tensors and submodules, and empty tables."""
+    empty = [name for name, value in vars(module).items() if type(value) in (dict, OrderedDict) and not value]
+    return {name: value for name, value in vars(module).items() if name not in _TABLES and name not in empty}
+
+
+_TABLES: Final = frozenset({"_parameters", "_buffers", "_modules"})

@@ -28,6 +28,7 @@ from fxamp.capture.holder import adopt, bound_to, entry_of, holder_of, unowned
 from fxamp.capture.members import find, member
 from fxamp.capture.outside import Outside
 from fxamp.capture.patches import mode_of, switches_plainly
+from fxamp.capture.paths import free_name, is_torchs, paths_of
 from fxamp.capture.setting import Setting, Traced, grad_mode_as
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.capture.state import python_state
@@ -52,6 +53,10 @@ class _Prepared(NamedTuple):
     entry: Entry
     modules: dict[str, nn.Module]
     originals: dict[str, nn.Module]
+
+
+class _ReadsCount(Exception):
+    """A trace that did not see what is read turned out to need it."""
 
 
 class Program:
@@ -89,7 +94,7 @@ class Program:
 
     def _make_trees(self) -> None:
         self.tree, self.loss_tree = clone_trees(self._holder, self._loss_module)
-        self.loss_path = "" if self._loss_module is None else _free_name(self.tree, "loss")
+        self.loss_path = "" if self._loss_module is None else free_name(self.tree, "loss")
         self._top = self._top_modules()
 
     def _check_hooks(self) -> None:
@@ -160,7 +165,7 @@ class Program:
 
     def flags(self, mode: str) -> dict[str, bool]:
         """Module path to ``training`` flag in "train", "eval" or "as_is", as the model's own ``train`` sets it."""
-        modules = _paths(self.tree, self.loss_tree, self.loss_path)
+        modules = paths_of(self.tree, self.loss_tree, self.loss_path)
         if mode == "as_is" or all(map(switches_plainly, modules.values())):
             return {path: mode_of(module) if mode == "as_is" else mode == "train" for path, module in modules.items()}
         tree, loss_tree = clone_trees(self.tree, self.loss_tree)
@@ -168,7 +173,7 @@ class Program:
             if module is not None:
                 with suppress(NotImplementedError):  # an exported model has one mode
                     module.train(mode == "train")
-        return {path: mode_of(module) for path, module in _paths(tree, loss_tree, self.loss_path).items()}
+        return {path: mode_of(module) for path, module in paths_of(tree, loss_tree, self.loss_path).items()}
 
     def become(self, clone: Callable[[Any], Any]) -> None:
         """Goes over to what ``clone`` makes of its modules."""
@@ -236,7 +241,7 @@ class Program:
         numbers = False
         while True:
             try:
-                traced, changed = self._trace_once(layout, setting, facts(), untraceable, numbers)
+                traced, changed = self._trace_seeing(layout, setting, facts, untraceable, numbers)
             except CaptureError as error:
                 if self._adopts():
                     continue
@@ -315,8 +320,24 @@ class Program:
             root = self._holder  # a function calls the modules it closes over, so these cannot be clones
         model = self._function or bound_to(getattr(root, self._method), self._bound)
         entry = Entry(self.signature, layout, model, loss_tree or self._loss)
-        modules = _paths(root, loss_tree, self.loss_path)
-        return _Prepared(root, entry, modules, _paths(self._holder, self._loss_module, self.loss_path))
+        modules = paths_of(root, loss_tree, self.loss_path)
+        return _Prepared(root, entry, modules, paths_of(self._holder, self._loss_module, self.loss_path))
+
+    def _trace_seeing(
+        self,
+        layout: Layout,
+        setting: Setting,
+        facts: Callable[[], Facts | None],
+        untraceable: Mapping[str, str],
+        numbers: bool,
+    ) -> tuple[Traced, dict[str, str]]:
+        """As ``_trace_once``, which sees what is read only when it turns out that this counts: that takes its time."""
+        extras = dict(self.extras)
+        with suppress(_ReadsCount):
+            return self._trace_once(layout, setting, facts(), untraceable, numbers, reads=False)
+        self.extras.clear()
+        self.extras.update(extras)
+        return self._trace_once(layout, setting, facts(), untraceable, numbers, reads=True)
 
     def _trace_once(
         self,
@@ -325,13 +346,19 @@ class Program:
         facts: Facts | None,
         untraceable: Mapping[str, str],
         numbers: bool,
+        *,
+        reads: bool,
     ) -> tuple[Traced, dict[str, str]]:
-        """A graph, and the modules whose Python state the trace changed: these have to stay calls."""
+        """A graph, and the modules whose Python state the trace changed: these have to stay calls.
+
+        Raises:
+            _ReadsCount: when an attribute was set to a traced value, and ``reads`` were not to be seen.
+        """
         root, entry, modules, originals = self._prepared(layout)
         of_parameters = partial(Facts, [], self.attribute, sizes=True, ambient=setting.ambient)
         tracer = AmpTracer(root, modules, originals, entry, self.extras, untraceable, facts, setting, of_parameters)
         self._strangers = tracer.strangers
-        if _is_library(root) and self._method == "forward" and self._bound is None:
+        if is_torchs(root) and self._method == "forward" and self._bound is None:
             entry.model = tracer.call_whole
         state = [{path: python_state(module) for path, module in owner.items()} for owner in (modules, originals)]
         drawn = torch.get_rng_state()
@@ -343,41 +370,21 @@ class Program:
             asked = stack.enter_context(autocast_answers(setting.ambient, outside))
             stack.enter_context(outside.answering(tracer.answers()))
             try:
-                graph = tracer.run(entry.names(), numbers=numbers)
+                graph = tracer.run(entry.names(), numbers=numbers, reads=reads)
+                if tracer.keeps_traced and not reads:
+                    raise _ReadsCount
                 if left := outside.restore():
                     raise TraceError(left)
                 changed = changed_modules(originals, state[1]) | changed_modules(modules, state[0])
                 check_root(changed, drawn)
             except Exception as error:
-                raise capture_error(self.name, error) from error
+                blind = tracer.keeps_traced and not reads
+                raise (_ReadsCount() if blind else capture_error(self.name, error)) from error
             finally:
                 outside.restore()
                 torch.set_rng_state(drawn)
         matters = tracer.composed or bool(asked) or tracer.of_one_autocast
         return tracer.traced(graph, layout, (setting.ambient,) if matters else ()), changed
-
-
-def _paths(root: nn.Module, loss: nn.Module | None, loss_path: str) -> dict[str, nn.Module]:
-    """Every module by its path; one that has several keeps the first."""
-    found = dict(root.named_modules())
-    if loss is not None:
-        found.update({f"{loss_path}.{path}".rstrip("."): module for path, module in loss.named_modules()})
-    return found
-
-
-def _free_name(tree: nn.Module, name: str) -> str:
-    while hasattr(tree, name):
-        name += "_"
-    return name
-
-
-def _is_library(module: nn.Module) -> bool:
-    """Whether a module is torch's own and no container: its forward is not the user's to change."""
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return type(module).__module__.startswith("torch.nn.modules") and type(module) not in (
-        nn.Module,
-        *containers,
-    )
 
 
 def _picklable(function: Any) -> Any:

@@ -22,6 +22,7 @@ __all__ = ["reachable", "variables"]
 _MOST: Final = 20_000
 _LONGEST: Final = 1_000  # what is longer holds data
 _SEQUENCES: Final = (list, tuple, set, frozenset, collections.deque)
+_PLAIN: Final = (dict, collections.OrderedDict)
 _ENDS: Final = (nn.Module, torch.Tensor, fx.Proxy, fx.Node, ModuleType, str, bytes, int, float, complex)
 
 
@@ -42,7 +43,7 @@ def reachable(roots: Mapping[str, Any], *, variables_of_modules: bool = True) ->
         yield path, value
         if not isinstance(value, _ENDS):
             parts = _parts(value, variables_of_modules)
-            queue.extend((f"{path}.{name}".strip("."), part) for name, part in parts.items())
+            queue.extend((f"{path}.{name}".strip("."), part) for name, part in parts.items() if id(part) not in seen)
 
 
 def variables(function: FunctionType, *, of_module: bool = True) -> dict[str, Any]:
@@ -73,6 +74,9 @@ def _global_names(code: CodeType) -> tuple[str, ...]:
 
 
 def _parts(value: Any, variables_of_modules: bool) -> dict[str, Any]:
+    if type(value) in _PLAIN:  # the most of them, and most of these are empty
+        kept = {_name(key): item for key, item in itertools.islice(value.items(), _LONGEST)} if value else {}
+        return {"": type(value), **kept, **getattr(value, "__dict__", {})}
     if isinstance(value, FunctionType):
         return variables(value, of_module=variables_of_modules)
     if isinstance(value, MethodType):

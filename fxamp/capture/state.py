@@ -19,11 +19,15 @@ def python_state(module: nn.Module) -> dict[str, Any]:
     """What a module keeps by each name, in a form that can be compared; a scripted one is not traced into."""
     if isinstance(module, torch.jit.ScriptModule):
         return {}
-    tables = ("_parameters", "_buffers", "_modules")
-    own = {name: value for name, value in module.__dict__.items() if name not in (*tables, "training")}
-    for table in tables:
-        own.update(module.__dict__[table])
-    return {name: _comparable(value, 3) for name, value in own.items()}
+    kept = module.__dict__
+    state = {name: _comparable(value, 3) for name, value in kept.items() if name not in _NOT_ITSELF}
+    for table in _TABLES:
+        state.update({name: _comparable(value, 3) for name, value in kept[table].items()})
+    return state
+
+
+_TABLES: Final = ("_parameters", "_buffers", "_modules")
+_NOT_ITSELF: Final = frozenset({*_TABLES, "training"})
 
 
 class _Itself:
@@ -50,6 +54,7 @@ def _is_plain(value: Any) -> bool:
 
 # Most of what modules keep: it is what the rules below make of it.
 _BY_VALUE: Final = frozenset({bool, int, float, str})
+_TABLE_KINDS: Final = frozenset({dict, OrderedDict})
 _BY_IDENTITY: Final = frozenset({type(None), torch.Tensor, nn.Parameter})
 
 
@@ -59,7 +64,7 @@ def _comparable(value: Any, depth: int) -> Any:
         return kind, value
     if kind in _BY_IDENTITY:
         return _Itself(value)
-    if kind in (dict, OrderedDict) and not value and depth:
+    if kind in _TABLE_KINDS and not value and depth:
         return []
     if isinstance(value, bool | int | float | str):
         return type(value), value

@@ -98,7 +98,7 @@ def changed_modules(modules: Mapping[str, nn.Module], before: Mapping[str, Any])
 
 
 def _changes(module: nn.Module, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    for name in {**before, **now}:
+    for name in {**before, **now} if before != now else ():
         if name not in before and not _is_settled(module, name):
             yield f"makes self.{name} at its first call, which a graph would make again at every call"
         elif name in before and now.get(name) != before[name]:

@@ -112,18 +112,19 @@ class AmpTracer(ReadingTracer):
         self._attributes = Attributes(self._modules, modules, self._assign, self._was_sized, self._meet)
         self.root = root
 
-    def run(self, names: list[str], *, numbers: bool = False) -> fx.Graph:
+    def run(self, names: list[str], *, numbers: bool = False, reads: bool = False) -> fx.Graph:
         """The graph of the entry point, with a placeholder for each of ``names``.
 
         Args:
             names: of the placeholders.
             numbers: record ``int`` and ``float`` of traced values too.
+            reads: see which attributes are read, which counts when one is set to a traced value.
         """
         self._names = names
         try:
             with ExitStack() as stack:
                 stack.enter_context(self._regions.recording())
-                stack.enter_context(self._attributes.watched())
+                stack.enter_context(self._attributes.watched(reads=reads))
                 self._made = stack.enter_context(modules_made())
                 stack.enter_context(compiled_functions(self._record))
                 stack.enter_context(autograd_functions(self._record))
@@ -140,6 +141,11 @@ class AmpTracer(ReadingTracer):
     def traced(self, graph: fx.Graph, layout: Layout, ambient: tuple[()] | tuple[Ambient]) -> Traced:
         """The graph that ``run`` gave, with what it is good for."""
         return Traced(graph, layout, self.untraceable, self._attributes.mode_readers, ambient, self.grad, self.asked)
+
+    @property
+    def keeps_traced(self) -> bool:
+        """Whether an attribute was set to a traced value."""
+        return self._attributes.keeps_traced
 
     # -- hooks of torch.fx.Tracer ------------------------------------------------------------------
 

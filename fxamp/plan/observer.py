@@ -6,7 +6,7 @@ Runs each planned call on fake tensors: shapes and dtypes are those of a real ru
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from fxamp.capture.objects import Rebuilt
 from fxamp.capture.regions import autocast_as
 from fxamp.dtypes import is_castable
 from fxamp.errors import CaptureError
+from fxamp.plan.alike import Unlike, call_key, keeps_shapes, tensor_key
 from fxamp.plan.decision import Decision
 from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, of_object
 from fxamp.policy.composites import UNDER_AUTOCAST
@@ -56,6 +57,7 @@ class FakeObserver:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         self._values: dict[fx.Node, Any] = {}
+        self._known: dict[Hashable, Any] | None = {} if keeps_shapes(graph, attribute) else None
         for node, example in zip(placeholders, examples, strict=True):
             self._values[node] = self._fake(example)
 
@@ -64,9 +66,9 @@ class FakeObserver:
         if node.op == "output":
             return None
         if node.op not in ("placeholder", "get_attr"):
-            self._values[node] = self._run(node, decision)
+            self._values[node] = self._found(node, decision)
         elif node.op == "get_attr":
-            self._values[node] = self._fake(self._attribute(str(node.target)))
+            self._values[node] = self._attribute_of(str(node.target))
         value = self._values[node]
         if value is _MISSING or isinstance(value, torch.nn.Module) or isinstance(node.target, Rebuilt):
             return None
@@ -82,18 +84,41 @@ class FakeObserver:
         value = self._values.get(node)
         return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
-    def _fake(self, value: Any) -> Any:
-        if has_nested(value):
-            return _MISSING
-        return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
+    def _attribute_of(self, path: str) -> Any:
+        value = self._attribute(path)
+        alike = isinstance(value, torch.Tensor) and not value._is_view()
+        return self._once(lambda: tensor_key(value), lambda: self._fake(value)) if alike else self._fake(value)
 
-    def _run(self, node: fx.Node, decision: Decision) -> Any:
+    def _found(self, node: fx.Node, decision: Decision) -> Any:
+        """What a call gives, if there is something to tell."""
         if node.target in MODE_CALLS:
             return None
         if any(self._values.get(source, _MISSING) is _MISSING for source in node.all_input_nodes):
             return _MISSING
         if decision.how == "ambient" and decision.aten in UNDER_AUTOCAST[self._device_type]:
             return _MISSING  # its fake kernel is another one, in which autocast has nothing to do
+        return self._once(
+            lambda: call_key(node, decision, self._values, self._attribute), lambda: self._run(node, decision)
+        )
+
+    def _once(self, key: Callable[[], Hashable], make: Callable[[], Any]) -> Any:
+        """What is made, or what was made for the same key."""
+        if self._known is None:
+            return make()
+        try:
+            known = key()
+            if known not in self._known:
+                self._known[known] = make()
+            return self._known[known]
+        except Unlike:
+            return make()
+
+    def _fake(self, value: Any) -> Any:
+        if has_nested(value):
+            return _MISSING
+        return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
+
+    def _run(self, node: fx.Node, decision: Decision) -> Any:
         casts = {cast.slot: cast.dtype for cast in decision.casts}
         slot = -1
 

@@ -16,7 +16,7 @@ from torch import fx
 from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, Tensors, Value, element, outcome, tensors_in
 from fxamp.policy.flow import output_kind
 
-__all__ = ["USER_CASTS", "result_of"]
+__all__ = ["USER_CASTS", "is_pointwise", "result_of"]
 
 # The user's own casts, with the dtype they name; None: it is in the arguments.
 USER_CASTS: Final[Mapping[str, torch.dtype | None]] = {
@@ -109,7 +109,7 @@ def _lookup_result(inputs: tuple[Value, ...]) -> Value:
 
 def _ranked(aten: str, flow: Flow, inputs: tuple[Value, ...]) -> Flow:
     """The flow, with what is known about being 0-dim."""
-    if not isinstance(flow, Value) or (flow.scalar is not None and _is_pointwise(aten)):
+    if not isinstance(flow, Value) or (flow.scalar is not None and is_pointwise(aten)):
         return flow
     first = inputs[0].scalar if inputs else None
     if aten in _SHAPED or (aten == "linear" and len(inputs) > 1 and inputs[1].rank == 2):
@@ -120,7 +120,8 @@ def _ranked(aten: str, flow: Flow, inputs: tuple[Value, ...]) -> Flow:
 
 
 @functools.cache
-def _is_pointwise(aten: str) -> bool:
+def is_pointwise(aten: str) -> bool:
+    """Whether some overload of an ATen operator works element by element."""
     packet = getattr(torch.ops.aten, aten, None) if aten else None
     return packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
 

@@ -102,8 +102,8 @@ class _Inserter:
 
 
 def _mapped(node: fx.Node, argument: Callable[[fx.Node], fx.Node]) -> tuple[Any, Any]:
-    """The arguments of a call for other nodes."""
-    args = fx.map_arg(node.args, argument)  # first: slots count through these, then the others
+    """The arguments of a call for other nodes, in the order of its slots."""
+    args = fx.map_arg(node.args, argument)
     kwargs: Any = fx.map_arg(node.kwargs, argument) if node.kwargs else {}
     return args, dict(kwargs)
 
