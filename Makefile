@@ -1,7 +1,8 @@
 # make demo: train two small networks in mixed precision, in under two minutes
 # make test: lint, format, types, and every test that is for every day
 # make slow: the tests that take minutes more
-# Both need Python 3.11 or later and build their own virtual environment in .venv.
+# make third-party: the models of transformers, timm and others, from their packages
+# All need Python 3.11 or later and build their own virtual environment in .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # One thread: the networks are small, and threads that wait for a busy core cost more than they bring.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test slow clean
+# These name torchvision, which they need only for what no model does.
+WITHOUT_TORCHVISION := timm segmentation-models-pytorch vit-pytorch denoising-diffusion-pytorch
+
+.PHONY: demo test slow third-party clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -25,6 +29,9 @@ test: $(VENV)/.test
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 -m slow
 
+third-party: $(VENV)/.third-party
+	$(BIN)/python -m pytest -q tests/third_party
+
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
@@ -32,6 +39,11 @@ clean:
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
+	touch $@
+
+$(VENV)/.third-party: $(VENV)/.test
+	$(PIP) -e '.[third-party]'
+	$(PIP) --no-deps $(WITHOUT_TORCHVISION)
 	touch $@
 
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch pyproject.toml

@@ -332,7 +332,7 @@ def test_a_mode_is_for_inductor() -> None:
 
 
 def test_reports_of_something_else() -> None:
-    with pytest.raises(fxamp.FxampError, match="expected what torch.compile made with the backend fxamp"):
+    with pytest.raises(fxamp.FxampError, match=r"expected what torch\.compile made with the backend fxamp"):
         fxamp.reports(torch.compile(Mlp(), backend="eager"))
 
 
