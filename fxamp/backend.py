@@ -73,7 +73,7 @@ class Backend:
         if policy.name == "full":
             return run_by(gm, example_inputs)
         plan, graph = converted(gm, example_inputs, policy, eager=self.inner == "eager")
-        self.made.append(report_of(f"{title_of(gm)}, graph {len(self.made)}", plan, graph))
+        self.made.append(report_of(f"{title_of(gm)}, graph {len(self.made)}", plan, graph, "Dynamo"))
         return without_autocast(run_by(module_of(gm, graph), example_inputs), str(policy.device_type))
 
     def around_a_call(self) -> AbstractContextManager[None]:

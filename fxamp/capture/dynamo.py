@@ -23,6 +23,7 @@ from fxamp.capture.calls import assign
 from fxamp.capture.containers import Contents
 from fxamp.capture.dynamo_graph import modules_named, told, translate
 from fxamp.capture.entry import Entry
+from fxamp.capture.facts import without_log
 from fxamp.capture.fits import Fits, Kind
 from fxamp.capture.members import store_of
 from fxamp.capture.reading import ReadingTracer
@@ -97,7 +98,7 @@ class DynamoTracer(ReadingTracer):
         """
         self.graph._graph_namespace.create_name("self", None)
         placeholders = [self.create_node("placeholder", name, (), {}) for name in entry.names()]
-        given = [_alias(value) for value in values]
+        given = [_alias(value, dynamic=self._dynamic) for value in values]
         arguments = entry.arguments(*given)
         self._inputs = {id(value): node for value, node in zip(given, placeholders, strict=True)}
         for node, value in zip(placeholders, given, strict=True):
@@ -126,6 +127,7 @@ class DynamoTracer(ReadingTracer):
             modes=dict(setting.training),
             ambient=(setting.ambient,),
             grad=(setting.grad,),
+            frontend="Dynamo",
             fits=fits,
             stands_on=places,
         )
@@ -155,11 +157,11 @@ class DynamoTracer(ReadingTracer):
 
         # Dynamo keeps what it compiled with the code that it compiled: here each time another one.
         alone = types.FunctionType(_called.__code__.replace(co_name="called"), _called.__globals__)
-        compiled = torch.compile(alone, backend=backend, fullgraph=True, dynamic=self._dynamic)
+        compiled = torch.compile(alone, backend=backend, fullgraph=True, dynamic=None if self._dynamic else False)
         options: dict[str, Any] = {
             name: value for name, value in _OPTIONS.items() if hasattr(torch._dynamo.config, name)
         }
-        with torch._dynamo.config.patch(options), _autocast(self._ambient):
+        with torch._dynamo.config.patch(options), _autocast(self._ambient), without_log():
             result = compiled(call, *arguments)
         self._kept = graphs  # what is in it lives as long as it
         return result, graphs[0].graph if graphs else None
@@ -280,11 +282,21 @@ def _autocast(ambient: Ambient) -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-def _alias(value: Any) -> Any:
+def _alias(value: Any, *, dynamic: bool) -> Any:
     """The same data as another tensor: two inputs may be one, and what Dynamo notes on a tensor is not for the user."""
     if type(value) not in (torch.Tensor, nn.Parameter):
         return value
-    return value.detach().requires_grad_(value.requires_grad)
+    alias = value.detach().requires_grad_(value.requires_grad)
+    for dim in _may_change(alias) if dynamic else ():
+        torch._dynamo.maybe_mark_dynamic(alias, dim)
+    return alias
+
+
+def _may_change(value: torch.Tensor) -> Sequence[int]:
+    """The sizes that are symbols: those of batches and sequences. With all of them, Dynamo takes minutes for images."""
+    if not value.is_floating_point():
+        return range(value.dim())
+    return (0, 1) if value.dim() == 3 else (0,) if value.dim() else ()
 
 
 def _stand_in(value: Any) -> Any:

@@ -53,8 +53,9 @@ def dynamo_error(model: str, error: Exception) -> CaptureError:
     if frame is not None:
         where = f"{model} ({os.path.basename(frame.filename)}:{frame.lineno})"
         line = f"`{linecache.getline(frame.filename, frame.lineno or 0).strip()}`: "
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    return CaptureError(f"cannot capture {where}: {line}{reason[0]}", hint=_COMPILE)
+    said = [text.strip() for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
+    more = next((text.partition(": ")[2] for text in said if text.startswith(("Explanation: ", "Developer debug"))), "")
+    return CaptureError(f"cannot capture {where}: {line}{said[0]}{'; ' if more else ''}{more}", hint=_COMPILE)
 
 
 _COMPILE: Final = 'torch.compile(model, backend="fxamp") runs what cannot be one graph in several'

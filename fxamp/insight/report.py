@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final
 
 from tabulate import tabulate, tabulate_formats
@@ -48,6 +49,8 @@ class Report:
     mode: str
     nodes: tuple[dict[str, Any], ...]
     totals: dict[str, int]
+    frontend: str = "torch.fx"
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data; the schema is part of the public API."""
@@ -56,6 +59,8 @@ class Report:
             "device_type": self.device_type,
             "dtype": self.dtype,
             "mode": self.mode,
+            "frontend": self.frontend,
+            "failed_frontends": dict(self.failed),
             "nodes": [dict(node) for node in self.nodes],
             "totals": dict(self.totals),
         }
@@ -87,17 +92,27 @@ class Report:
         unknown = self.totals["dtype_unknown"]
         values = f"{unknown} of {unknown + self.totals['dtype_known']} values"
         title = f"{self.model}   policy {self.policy}/{self.device_type} {self.dtype}   mode {self.mode}"
+        for frontend, reason in self.failed.items():
+            title += f"\ncaptured by {self.frontend}, as {frontend} could not: {reason}"
         totals = f"ops: {counts or 'none'}     casts: {casts}     dtype unknown: {values}"
         return f"{title}\n\n{self.table()}\n\n{totals}"
 
 
-def report_of(model: str, plan: PrecisionPlan, graph: fx.Graph) -> Report:
+def report_of(
+    model: str,
+    plan: PrecisionPlan,
+    graph: fx.Graph,
+    frontend: str = "torch.fx",
+    failed: Mapping[str, str] = MappingProxyType({}),
+) -> Report:
     """The report of one planned and rewritten graph.
 
     Args:
         model: the name in the title.
         plan: the decisions.
         graph: the rewritten graph; the casts are counted in it.
+        frontend: what captured it.
+        failed: what could not, with the reason.
     """
     policy = plan.policy
     assert policy.device_type is not None
@@ -116,7 +131,9 @@ def report_of(model: str, plan: PrecisionPlan, graph: fx.Graph) -> Report:
     flows = [decision.output for decision in decisions if tensors_in(decision.output)]
     totals["dtype_unknown"] = sum(map(_is_unknown, flows))
     totals["dtype_known"] = len(flows) - totals["dtype_unknown"]
-    return Report(model, policy.name, policy.device_type, abbreviate(policy.dtype), plan.mode, nodes, totals)
+    return Report(
+        model, policy.name, policy.device_type, abbreviate(policy.dtype), plan.mode, nodes, totals, frontend, failed
+    )
 
 
 def _row(decision: Decision, casts: int) -> dict[str, Any]:

@@ -179,7 +179,8 @@ class Conversion:
         if (found := self.find(layout, values)) is not None:
             return found
         if self.frozen is not None:
-            raise _not_before_freezing(self.program, [slot.name for slot in layout if slot not in self.layout])
+            given = [slot.name for slot in layout if slot not in self.layout]
+            raise _not_before_freezing(self.program, given, self._misfit(layout, values))
         if len(self.variants) >= MAX_VARIANTS:
             raise CaptureError(
                 f"{MAX_VARIANTS} kinds of calls were traced already: an optional argument changes with every call",
@@ -196,6 +197,12 @@ class Conversion:
             if fits and (values is None or not variant.particular or variant.serves(values_of(layout, values))):
                 return variant
         return None
+
+    def _misfit(self, layout: Layout, values: Mapping[str, Any]) -> str | None:
+        """What a graph for such calls does not fit in these values."""
+        known = (variant.traced for mode, variant in self.variants if mode == self.mode)
+        fits = (traced.fits for traced in known if traced.layout == layout and traced.fits is not None)
+        return next((found for each in fits if (found := each.problem(values_of(layout, values)))), None)
 
     def follow_tensors(self) -> bool:
         """Plans anew when the tensors are on a device with other rules, or of other dtypes; whether they are."""
@@ -290,9 +297,10 @@ class Conversion:
         return new
 
 
-def _not_before_freezing(program: Program, given: list[str]) -> CaptureError:
+def _not_before_freezing(program: Program, given: list[str], misfit: str | None) -> CaptureError:
+    reason = f": {misfit}" if misfit else ""
     return CaptureError(
-        f"{program.name} was frozen before a call that gives {', '.join(given) or 'such arguments'}",
+        f"{program.name} was frozen before a call that gives {', '.join(given) or 'such arguments'}{reason}",
         hint="call amp that way once, then amp.freeze()",
     )
 

@@ -36,7 +36,9 @@ class Footing:
         self._program = program
         self._paths = [path for path in modules if path]
         self._modules = [modules[path] for path in self._paths]
-        self._hooks = [getattr(module, name) for module in self._modules for name in CALL_HOOKS]
+        hooks = [getattr(module, name) for module in self._modules for name in CALL_HOOKS]
+        self._hooks = [table for table in hooks if not table]
+        self._hooked = [(table, list(table.values())) for table in hooks if table]  # Dynamo traced into these
         places = [path.rpartition(".") for path in self._paths]
         self._owners = [modules[owner]._modules for owner, _, _ in places]
         self._names = [name for _, _, name in places]
@@ -58,12 +60,16 @@ class Footing:
         try:
             return (
                 not any(self._hooks)
+                and not self._other_hooks()
                 and all(map(is_, map(getitem, self._owners, self._names), self._modules))
                 and self._dtypes_now() == self._dtypes
                 and not any(table[name] is not None for table, name in self._absent)
             )
         except (AttributeError, KeyError):
             return False
+
+    def _other_hooks(self) -> bool:
+        return any(list(table.values()) != known for table, known in self._hooked)
 
     def needs_a_trace(self) -> bool:
         """Whether the graph itself is another one now, and not just its casts.
@@ -78,7 +84,7 @@ class Footing:
                     f"{_named(owner.get(name))}, expected the {type(module).__name__} that was traced",
                     hint="replace it in the model, and convert that",
                 )
-        if any(self._hooks) or any(table.get(name) is not None for table, name in self._absent):
+        if any(self._hooks) or self._other_hooks() or any(table.get(name) is not None for table, name in self._absent):
             return True
         self._check_buffers()
         return any(table.get(key) is None for table, key in zip(self._tables, self._keys, strict=True))

@@ -55,7 +55,8 @@ class Inspection:
     def report(self) -> Any:
         """The decisions as a ``fxamp.Report``."""
         variant = self._conversion.base
-        return self._conversion.stages.report(self._conversion.program.name, variant.plan, variant.graph)
+        traced, name = variant.traced, self._conversion.program.name
+        return self._conversion.stages.report(name, variant.plan, variant.graph, traced.frontend, traced.failed)
 
     def replan(self, policy: str | Policy) -> AmpModule:
         """A new module under another policy."""
