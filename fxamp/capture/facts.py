@@ -24,6 +24,7 @@ from fxamp.capture.builtins import plain_builtins
 from fxamp.capture.calls import MODE_CALLS, has_hooks
 from fxamp.capture.clone import clone_tree
 from fxamp.capture.regions import AutocastState, autocast_as, state_of
+from fxamp.capture.slices import UNTOLD
 from fxamp.dtypes import is_castable
 
 # The question itself: a model's own is noted while it is traced.
@@ -31,7 +32,6 @@ _is_grad_enabled = torch.is_grad_enabled
 
 __all__ = ["UNTOLD", "Facts", "gpu_is_away", "has_nested", "moved", "run_on_fakes", "without_log"]
 
-UNTOLD: Final = object()
 _length = len  # while a model is traced, the builtin is another one
 
 # What a tensor tells of itself apart from its sizes.
@@ -69,9 +69,12 @@ class Facts:
         examples: the values of the graph's placeholders, in order.
         attribute: path to the parameter, buffer, tensor or module of that name.
         sizes: tell sizes too, and not only what follows from the number of dimensions.
+        data: answer for what follows from the data of the examples, too.
         ambient: the device type and dtype of autocast around the model, if there is any.
 
     Attributes:
+        real: the examples as they are.
+        tells_sizes, tells_data: as asked for.
         running: whether a call is being run right now.
         told_dtypes: whether anything was told that follows from the dtypes of values.
     """
@@ -82,15 +85,16 @@ class Facts:
         attribute: Callable[[str], Any],
         *,
         sizes: bool,
+        data: bool = False,
         ambient: tuple[str, torch.dtype] | None = None,
     ) -> None:
+        self.real, self.tells_sizes, self.tells_data = examples, sizes, data
         self._ambient = None if ambient is None else AutocastState(ambient[1], enabled=True)
         self._device_type = "cpu" if ambient is None else ambient[0]
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.running = self.told_dtypes = False
         self._examples = iter([self._fake(example) for example in examples])
         self._attribute = attribute
-        self._tells_sizes = sizes
         self._values: dict[fx.Node, Any] = {}
         self._sized: set[fx.Node] = set()
         self._typed: set[fx.Node] = set()
@@ -105,7 +109,7 @@ class Facts:
         """The value of a node that holds no tensor, or ``UNTOLD``; ``sizes``: also one that follows from sizes."""
         value = self._value(node)
         self.told_dtypes |= node in self._typed
-        if (node in self._sized and not (sizes or self._tells_sizes)) or isinstance(
+        if (node in self._sized and not (sizes or self.tells_sizes)) or isinstance(
             value, torch.Tensor | _CastableDtype
         ):
             return UNTOLD
@@ -124,17 +128,17 @@ class Facts:
     def length(self, node: fx.Node) -> int | None:
         """How many parts a tuple has, or a tensor when sizes are told; None when that is not known."""
         value = self._value(node)
-        if not isinstance(value, torch.Size) and node in self._sized and not self._tells_sizes:
+        if not isinstance(value, torch.Size) and node in self._sized and not self.tells_sizes:
             return None
         if isinstance(value, torch.Tensor):
-            return len(value) if self._tells_sizes and value.dim() else None
+            return len(value) if self.tells_sizes and value.dim() else None
         return len(value) if isinstance(value, tuple | list) else None
 
     def _value(self, node: fx.Node) -> Any:
         # In graph order and up to the last call, for a call may change the shape of an earlier value.
         unseen = [each for each in node.graph.nodes if each not in self._values]
         for each in unseen:
-            with self._alone():
+            with self.alone():
                 self._values[each] = self._found(each)
             if self._is_sized(each):
                 self._sized.add(each)
@@ -143,7 +147,7 @@ class Facts:
         return self._values[node]
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
         """What runs now is no part of the model's program: nothing of it is to be recorded."""
         grad_mode = _is_grad_enabled()
         self.running = True

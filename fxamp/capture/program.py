@@ -176,6 +176,8 @@ class Program:
         layout: Layout,
         setting: Setting,
         examples: list[Any] | None = None,
+        *,
+        data: bool = True,
     ) -> Traced:
         """The graph of one call.
 
@@ -184,12 +186,13 @@ class Program:
             setting: what shall surround it: for whoever asks for the modes of modules, autocast and the grad mode.
             examples: the values of the placeholders. They decide branches on the number of dimensions, and on sizes
                 too when the model cannot be traced without.
+            data: they also decide branches on what follows from their data, and the graph is for such data.
 
         Raises:
             CaptureError: when the model's or the loss's own code cannot be traced, with the user's line.
         """
         if examples is not None:
-            facts = partial(Facts, examples, self.attribute, ambient=setting.ambient)
+            facts = partial(Facts, examples, self.attribute, data=data, ambient=setting.ambient)
             with suppress(CaptureError):
                 return self._trace(layout, setting, partial(facts, sizes=False))
             return self._trace(layout, setting, partial(facts, sizes=True))
@@ -284,7 +287,8 @@ class Program:
                 outside.restore()
                 torch.set_rng_state(drawn)
         matters = tracer.composed or bool(asked) or tracer.of_one_autocast
-        return tracer.traced(graph, layout, (setting.ambient,) if matters else ()), changed
+        given = facts.real if facts is not None else None
+        return tracer.traced(graph, layout, (setting.ambient,) if matters else (), given), changed
 
 
 def _paths(root: nn.Module, loss: nn.Module | None, loss_path: str) -> dict[str, nn.Module]:
