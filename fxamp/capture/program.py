@@ -22,7 +22,7 @@ from fxamp.capture.calls import has_hooks
 from fxamp.capture.clone import clone_trees, stop_iterators
 from fxamp.capture.entry import Entry
 from fxamp.capture.facts import Facts
-from fxamp.capture.failures import capture_error, name_of
+from fxamp.capture.failures import Tried, capture_error, name_of
 from fxamp.capture.holder import adopt, bound_to, entry_of, holder_of, unowned
 from fxamp.capture.members import find, member
 from fxamp.capture.outside import Outside
@@ -224,7 +224,7 @@ class Program:
                 while path in untraceable:  # not the module itself but who calls it writes to it
                     path = path.rpartition(".")[0]
                 if not path:
-                    raise capture_error(self.name, TraceError(reason))
+                    raise capture_error(self.name, TraceError(reason), self._tried(facts()))
                 untraceable[path] = reason
 
     def _adopts(self) -> bool:
@@ -243,6 +243,11 @@ class Program:
         self.extras.clear()
         self._make_trees()
         return True
+
+    def _tried(self, facts: Facts | None) -> Tried:
+        models = "model, loss" if self.has_loss else "model"
+        call = f"fxamp.convert({models}, example_inputs={self.signature.spelled_examples()})"
+        return Tried(call, facts is not None, not self.signature.required and not self.signature.starred)
 
     def _trace_once(
         self,
@@ -282,7 +287,7 @@ class Program:
                 changed = changed_modules(originals, state[1]) | changed_modules(modules, state[0])
                 check_root(changed, drawn)
             except Exception as error:
-                raise capture_error(self.name, error) from error
+                raise capture_error(self.name, error, self._tried(facts)) from error
             finally:
                 outside.restore()
                 torch.set_rng_state(drawn)
