@@ -39,6 +39,33 @@ class Gate(nn.Module):
         return -x
 
 
+class Peak(nn.Module):
+    """Branches on what it computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (x @ x).sum() > 0:
+            return x
+        return -x
+
+
+class Optional(nn.Module):
+    """Takes one of its arguments."""
+
+    def forward(self, ids: Tensor | None = None, embeds: Tensor | None = None) -> Tensor:
+        found = ids if ids is not None else embeds
+        if found is None:
+            raise ValueError("give ids or embeds")
+        return found
+
+
+class Unpacks(nn.Module):
+    """Asks for a number of dimensions."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        batch, *_ = x.shape
+        return y * batch
+
+
 class Loop(nn.Module):
     """Loops over a tensor."""
 
@@ -131,6 +158,8 @@ def cannot_trace(module: type[nn.Module], text: str, what: str) -> str:
     return f"{where}: {what}"
 
 
+WITH_INPUTS = "trace it with inputs: fxamp.convert(model, example_inputs=(x,))"
+AS_IT_RUNS = 'torch.compile(model, backend="fxamp") takes every way, in several graphs'
 IN_A_SUBMODULE = "put that line into a submodule of its own: a module that cannot be traced stays a call"
 
 FAILURES = {
@@ -138,7 +167,7 @@ FAILURES = {
     "control flow": Failure(
         CaptureError,
         cannot_trace(Gate, "if x.sum", "the branch `if x.sum() > 0` depends on a tensor value"),
-        IN_A_SUBMODULE,
+        WITH_INPUTS,
         Gate,
     ),
     "loop": Failure(
@@ -146,7 +175,7 @@ FAILURES = {
         cannot_trace(
             Loop, "for row", "`for row in x` iterates over a tensor, or over a tuple whose length is not known"
         ),
-        IN_A_SUBMODULE,
+        WITH_INPUTS,
         Loop,
     ),
     "python state": Failure(
@@ -157,12 +186,42 @@ FAILURES = {
         IN_A_SUBMODULE,
         Counter,
     ),
+    "control flow on what is computed": Failure(
+        CaptureError,
+        cannot_trace(Peak, "if (x", "the branch `if (x @ x).sum() > 0` depends on a tensor value"),
+        AS_IT_RUNS,
+        Peak,
+        {"example_inputs": (torch.ones(2, 2),)},
+    ),
+    "control flow, with a loss": Failure(
+        CaptureError,
+        cannot_trace(Gate, "if x.sum", "the branch `if x.sum() > 0` depends on a tensor value"),
+        "trace it with inputs: fxamp.convert(model, loss, example_inputs=(x, target))",
+        Gate,
+        {"loss": difference},
+    ),
+    "no argument": Failure(
+        CaptureError,
+        cannot_trace(Optional, "raise Val", "`raise ValueError(\"give ids or embeds\")`: give ids or embeds"),
+        'trace it with inputs: fxamp.convert(model, example_inputs=((), {"ids": ...}))',
+        Optional,
+    ),
+    "an unpacked shape": Failure(
+        CaptureError,
+        cannot_trace(
+            Unpacks,
+            "batch, *_",
+            "`batch, *_ = x.shape` iterates over a tensor, or over a tuple whose length is not known",
+        ),
+        "trace it with inputs: fxamp.convert(model, example_inputs=(x, y))",
+        Unpacks,
+    ),
     "inside regions": Failure(
         CaptureError,
         cannot_trace(
             Regions, "isnan", "the branch `return x if torch.isnan(x).any() else -x` depends on a tensor value"
         ),
-        IN_A_SUBMODULE,
+        WITH_INPUTS,
         Regions,
     ),
     "not callable": Failure(

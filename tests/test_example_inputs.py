@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import fxamp
 from fxamp.capture.facts import UNTOLD, Facts
+from fxamp.plan.flow import tensors_in
 from tests.helpers import assert_same, check_against_autocast, run
 from tests.oracle import cuda_rules
 
@@ -62,13 +64,43 @@ def test_a_branch_on_dimensions_leaves_sizes_free() -> None:
         assert_same(amp(x), expected)
 
 
-def test_a_call_of_other_dimensions_is_an_error_with_the_line() -> None:
-    amp = fxamp.convert(Shapes(), dtype=BF16, example_inputs=(torch.randn(2, 5, 4),))
+def test_a_call_of_other_dimensions_has_another_graph() -> None:
+    model = Shapes()
+    amp = fxamp.convert(model, dtype=BF16, example_inputs=(torch.randn(2, 5, 4),))
+    for shape in ((5, 4), (2, 5, 4), (3, 4)):
+        x = torch.randn(shape)
+        with torch.autocast("cpu", BF16):
+            expected = model(x)
+        assert_same(amp(x), expected)
+
+
+class Counting(nn.Module):
+    """Stays a call: what a graph of it would forget."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + 1
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counting, self.fc = Counting(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.counting(x)
+        return y * 2 if self.fc(y).dim() == 3 else y
+
+
+def test_a_shape_that_only_the_graph_knows_is_an_error_with_the_line() -> None:
+    amp = fxamp.convert(Counted(), dtype=BF16, example_inputs=(torch.randn(5, 2, 4),))
     with pytest.raises(fxamp.CaptureError) as raised:
         amp(torch.randn(5, 4))
     text = str(raised.value)
-    assert "at `if x.dim() == 2:` (test_example_inputs.py:" in text
-    assert text.endswith("the graph was made for False, found True\n\nhint: convert with example_inputs of this kind")
+    assert "at `return y * 2 if self.fc(y).dim() == 3 else y` (test_example_inputs.py:" in text
+    assert text.endswith("the graph was made for True, found False\n\nhint: convert with example_inputs of this kind")
 
 
 def test_without_example_inputs_the_same_model_is_refused() -> None:
@@ -93,8 +125,10 @@ def test_sizes_are_fixed_only_where_the_model_cannot_be_traced_without() -> None
     with torch.autocast("cpu", BF16):
         expected = loops(x)
     assert_same(amp(x), expected)
-    with pytest.raises(fxamp.CaptureError, match="the graph was made for 3, found 5"):
-        amp(torch.randn(2, 5, 4))
+    for x in (torch.randn(2, 5, 4), torch.randn(2, 3, 4), torch.randn(1, 5, 4)):
+        with torch.autocast("cpu", BF16):
+            expected = loops(x)
+        assert_same(amp(x), expected)
 
 
 def on_dtype(x: Tensor) -> Tensor:
@@ -147,17 +181,75 @@ def test_facts_are_found_by_plain_builtins() -> None:
     assert amp.report().totals["opaque"] == 0
 
 
-def test_data_is_not_told_nor_dtypes_of_what_follows_from_it() -> None:
+def test_data_of_what_is_computed_is_not_told() -> None:
     def on_data(x: Tensor) -> Tensor:
-        return x if x.sum() > 0 else -x
+        return x if (x @ x).sum() > 0 else -x
 
-    def on_dtype_of_some(x: Tensor) -> Tensor:
-        y = x @ x
-        return x * 2 if y[y > 0].dtype == torch.float32 else x
-
-    for model, device_type in ((on_data, "cpu"), (on_data, "cuda"), (on_dtype_of_some, "cuda")):
+    for device_type in ("cpu", "cuda"):
         with pytest.raises(fxamp.CaptureError, match="depends on a tensor value"):
-            fxamp.convert(model, device_type=device_type, example_inputs=(torch.randn(3, 3),))
+            fxamp.convert(on_data, device_type=device_type, example_inputs=(torch.randn(3, 3),))
+
+
+# Of what these give back only data tells one size.
+PICKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "index": lambda x, mask: x[mask],
+    "columns": lambda x, mask: x[:, mask],
+    "nonzero": lambda x, mask: x[mask.nonzero()[:, 0]],
+    "where": lambda x, mask: x[torch.where(mask)[0]],
+    "unique": lambda x, mask: x[torch.unique(mask.long())],
+    "repeat": lambda x, mask: x.repeat_interleave(mask.long() + 1, 0),
+    "select": lambda x, mask: torch.masked_select(x, mask).view(-1, 1) * x[:1],
+}
+
+
+class Picks(nn.Module):
+    def __init__(self, pick: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.pick = nn.Linear(4, 4), pick
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.pick(self.fc(x), mask)
+        z = torch.cat([y, y]) * 2
+        z = z.exp() if z.layout == torch.strided and isinstance(z, Tensor) and z.dim() == 2 else z
+        z = z + 1 if z.dtype == BF16 else z - 1
+        return (z.t() @ z).relu() if x.dtype == torch.float32 else z
+
+
+MASK = torch.tensor([True, False, True, True])
+
+
+@pytest.mark.parametrize("pick", PICKS)
+@pytest.mark.parametrize("rules", ["cpu", "cuda"])
+def test_all_but_a_size_is_known_of_what_data_cuts_out(pick: str, rules: str) -> None:
+    model, x = Picks(PICKS[pick]), torch.randn(4, 4)
+    amp = fxamp.convert(model, dtype=BF16, device_type=rules, example_inputs=(x, MASK))
+    assert amp.report().totals["opaque"] == (pick == "unique")  # itself
+    assert all(value.dtype is not None for decision in amp.plan for value in tensors_in(decision.output))
+    with cuda_rules() if rules == "cuda" else nullcontext():
+        for mask in (MASK, torch.tensor([True, True, True, True]), torch.tensor([False, True, False, False])):
+            expected = run(model, (x, mask), {}, torch.autocast("cpu", BF16))
+            assert_same(run(amp, (x, mask), {}, nullcontext()), expected)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda y: y * 2 if y.shape[0] > 2 else y,
+        lambda y: y * 2 if len(y) > 2 else y,
+        lambda y: sum(row for row in y),
+        lambda y: y * len(range(y.shape[0])),
+        lambda y: y.reshape(int(y.shape[0]) // 1, -1) if y.shape == (3, 4) else y,
+    ],
+)
+def test_a_size_that_only_data_tells_is_told_nobody(use: Any) -> None:
+    class Uses(Picks):
+        def forward(self, x: Tensor, mask: Tensor) -> Any:
+            return use(self.fc(x)[mask])
+
+    with pytest.raises(
+        fxamp.CaptureError, match=r"depends on a tensor|iterates over a tensor|interpreted as an integer"
+    ):
+        fxamp.convert(Uses(PICKS["index"]), example_inputs=(torch.randn(4, 4), MASK))
 
 
 def test_the_dtype_of_an_input_is_told_for_every_device() -> None:

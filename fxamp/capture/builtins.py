@@ -23,7 +23,15 @@ from torch.fx.proxy import TraceError
 
 from fxamp.capture.source import is_library
 
-__all__ = ["known_kind", "plain_builtins", "shadowed_builtins", "shadowed_numbers", "standing_for", "unpatched"]
+__all__ = [
+    "NUMBERS",
+    "known_kind",
+    "plain_builtins",
+    "shadowed_builtins",
+    "shadowed_numbers",
+    "standing_for",
+    "unpatched",
+]
 
 # Code of torch's that is traced into.
 _TRACED: Final = tuple(
@@ -111,8 +119,10 @@ def known_kind(value: Any) -> type | None:
     if value.target is operator.getitem:
         return {torch.Size: int, torch.Tensor: torch.Tensor}.get(known_kind(value.args[0]) or object)
     if getattr(value.target, "__module__", None) == "_operator":
-        kinds = {known_kind(argument) for argument in value.args}
-        return torch.Tensor if torch.Tensor in kinds else int if kinds == {int} else None
+        if "kind" not in value.meta:  # each operand may be made of the same ones
+            kinds = {known_kind(argument) for argument in value.args}
+            value.meta["kind"] = torch.Tensor if torch.Tensor in kinds else int if kinds == {int} else None
+        return value.meta["kind"]  # type: ignore[no-any-return]
     return torch.Tensor if value.op != "call_module" and _gives_one_tensor(value.target) else None
 
 
@@ -126,6 +136,8 @@ _ATTRIBUTES: Final[dict[str, type]] = {
     "mT": torch.Tensor,
     "data": torch.Tensor,
 }
+NUMBERS: Final = (int, torch.Size, torch.dtype, torch.device, torch.layout, str)
+"""The kinds of values that are known to be no tensors."""
 _OF_A_DEVICE: Final[dict[str, type]] = {"type": str, "index": int}
 _QUERIES: Final = ("size", "dim", "numel", "ndimension")
 

@@ -27,6 +27,7 @@ __all__ = [
     "forked_states",
     "get_rng_state",
     "has_hooks",
+    "is_as_expected",
     "leave_inference_modes",
     "manual_seed",
     "restore_states",
@@ -142,6 +143,13 @@ def leave_inference_modes(depth: int | None = None) -> int:
     return len(_inference_modes)
 
 
+def is_as_expected(value: Any, expected: Any) -> bool:
+    """Whether a value is the one, or as true as it when that is a bool."""
+    if isinstance(expected, bool):
+        return bool(value) if expected else not value
+    return bool(value == expected)
+
+
 @fx.node.has_side_effect
 def expect(value: Any, expected: Any, where: str) -> None:
     """Checks what the graph was traced for: the value itself, or whether it is true when a bool is expected.
@@ -149,7 +157,7 @@ def expect(value: Any, expected: Any, where: str) -> None:
     Raises:
         CaptureError: when the value is another one, so that this call would have gone another way.
     """
-    if (bool(value) if isinstance(expected, bool) else value) != expected:
+    if not is_as_expected(value, expected):
         raise CaptureError(
             f"this call goes another way through the model: at {where} the graph was made for {expected}, "
             f"found {value}",

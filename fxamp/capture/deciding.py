@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.proxy import TraceError
+from torch.utils import _pytree as pytree
 
 from fxamp.capture.absent import is_dropped
-from fxamp.capture.calls import expect, expect_none
+from fxamp.capture.calls import expect, expect_none, is_as_expected
 from fxamp.capture.facts import UNTOLD, Facts
 from fxamp.capture.guards import guard_at
 from fxamp.capture.lengths import chunks_of, length_of
 from fxamp.capture.proxy import MAY_BE_NONE
 from fxamp.capture.regions import RegionRecorder
 from fxamp.capture.setting import GradMode, Setting
+from fxamp.capture.slices import Slices
 from fxamp.capture.source import calling_frame, spelled_line, user_frame
 
 __all__ = ["DecidingTracer"]
@@ -54,6 +56,8 @@ class DecidingTracer(fx.Tracer):
         self._regions = RegionRecorder(device_type, self._emit, setting.grad.inference, self._runs_the_model)
         self._bodies = 0  # of torch's functions, that are being traced into
         self._expected: dict[tuple[fx.Node, Any], fx.Node] = {}
+        rules = setting.ambient[0] if setting.ambient is not None else None
+        self._slices = Slices(facts.real, self._tensor_of, self._module_of, rules) if facts is not None else None
         self._refused: list[str] = []
 
     @property
@@ -82,6 +86,9 @@ class DecidingTracer(fx.Tracer):
     def _path_of(self, tensor: torch.Tensor) -> str | None:
         raise NotImplementedError
 
+    def _tensor_of(self, path: str) -> torch.Tensor | None:
+        raise NotImplementedError
+
     def _runs_the_model(self) -> bool:
         return not self._facts_run()
 
@@ -98,9 +105,11 @@ class DecidingTracer(fx.Tracer):
         if guard is None:
             # torch's own functions compare sizes to tell apart what one model does in the same way every time.
             value = self._told(obj, sizes=self._bodies > 0)
+            if computed := value is UNTOLD and self.facts is not None and self.facts.tells_data:
+                value = self._computed(obj)
             if value is UNTOLD:
                 raise self._refusal("branches on a tensor value")
-            return bool(self._expect(obj, bool(value)))
+            return bool(self._expect(obj, bool(value), computed=computed))
         if guard.whole:
             condition = obj if guard.value else self._emit(operator.not_, obj)
             self._emit(torch._assert, condition, f"the model requires: {guard.text} is {guard.value}")
@@ -157,9 +166,11 @@ class DecidingTracer(fx.Tracer):
             TypeError: when the value is not told.
         """
         value = self._told(proxy)
+        if computed := value is UNTOLD and self.facts is not None and self.facts.tells_data and self.facts.tells_sizes:
+            value = self._computed(proxy)
         if value is UNTOLD:
             raise TypeError("a traced value cannot be interpreted as an integer")
-        return self._expect(proxy, value)
+        return self._expect(proxy, value, computed=computed)
 
     def _all_facts(self) -> Iterator[Facts]:
         if self.facts is not None:
@@ -173,7 +184,8 @@ class DecidingTracer(fx.Tracer):
     def of_one_autocast(self) -> bool:
         """Whether the trace went by the dtype of a value, which autocast may change, or by the device of the rules."""
         told = any(facts.told_dtypes for facts in (self.facts, self._of_parameters) if facts is not None)
-        return told or self._regions.asked_device
+        computed = self._slices is not None and self._slices.of_one_autocast
+        return told or computed or self._regions.asked_device
 
     def _facts_run(self) -> bool:
         """Whether what is called right now only finds out a fact."""
@@ -183,13 +195,28 @@ class DecidingTracer(fx.Tracer):
         values = (facts.told(proxy.node, sizes=sizes) for facts in self._all_facts())
         return next((value for value in values if value is not UNTOLD), UNTOLD)
 
-    def _expect(self, proxy: fx.Proxy, value: Any) -> Any:
+    def _computed(self, proxy: fx.Proxy, *, shapes: bool = True) -> Any:
+        """What a value is for the example inputs, when it is no tensor of several and follows from arguments alone."""
+        if self._slices is None or self.facts is None:
+            return UNTOLD
+        with self.facts.alone():
+            value = self._slices.told(proxy.node, shapes=shapes)
+            if isinstance(value, torch.Tensor):
+                return value.item() if value.numel() == 1 else UNTOLD
+            return UNTOLD if _has_tensors(value) else value
+
+    def _expect(self, proxy: fx.Proxy, value: Any, *, computed: bool = False) -> Any:
         check = self._expected.get((proxy.node, value))
         if check is None or check._erased:
             # In a function of torch's it is the user's call that tells where.
             frame = (user_frame if self._bodies else calling_frame)(sys._getframe(1))
             made = self._emit(expect, proxy, value, spelled_line(frame))
             self._expected[proxy.node, value] = made.node
+            # A number of dimensions that facts have told is not worth many steps.
+            found = self._computed(proxy, shapes=computed or (self.facts is not None and self.facts.tells_sizes))
+            if found is not UNTOLD and is_as_expected(found, value):
+                made.node.meta["told"] = True  # so that it is asked before a call
+                self._slices.note(proxy.node)  # type: ignore[union-attr]
         return value
 
     def _handed_out(self, proxy: fx.Proxy) -> Any:
@@ -213,3 +240,7 @@ class DecidingTracer(fx.Tracer):
 
     def _record(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.create_proxy("call_function", function, args, kwargs)
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))

@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
@@ -24,14 +25,24 @@ from fxamp.capture.builtins import plain_builtins
 from fxamp.capture.calls import MODE_CALLS, has_hooks
 from fxamp.capture.clone import clone_tree
 from fxamp.capture.regions import AutocastState, autocast_as, state_of
+from fxamp.capture.slices import UNTOLD
 from fxamp.dtypes import is_castable
 
 # The question itself: a model's own is noted while it is traced.
 _is_grad_enabled = torch.is_grad_enabled
 
-__all__ = ["UNTOLD", "Facts", "gpu_is_away", "has_nested", "moved", "run_on_fakes", "without_log"]
+__all__ = [
+    "UNTOLD",
+    "Facts",
+    "fake_mode",
+    "gpu_is_away",
+    "has_nested",
+    "has_unknown",
+    "moved",
+    "run_on_fakes",
+    "without_log",
+]
 
-UNTOLD: Final = object()
 _length = len  # while a model is traced, the builtin is another one
 
 # What a tensor tells of itself apart from its sizes.
@@ -69,9 +80,12 @@ class Facts:
         examples: the values of the graph's placeholders, in order.
         attribute: path to the parameter, buffer, tensor or module of that name.
         sizes: tell sizes too, and not only what follows from the number of dimensions.
+        data: answer for what follows from the data of the examples, too.
         ambient: the device type and dtype of autocast around the model, if there is any.
 
     Attributes:
+        real: the examples as they are.
+        tells_sizes, tells_data: as asked for.
         running: whether a call is being run right now.
         told_dtypes: whether anything was told that follows from the dtypes of values.
     """
@@ -82,15 +96,16 @@ class Facts:
         attribute: Callable[[str], Any],
         *,
         sizes: bool,
+        data: bool = False,
         ambient: tuple[str, torch.dtype] | None = None,
     ) -> None:
+        self.real, self.tells_sizes, self.tells_data = examples, sizes, data
         self._ambient = None if ambient is None else AutocastState(ambient[1], enabled=True)
         self._device_type = "cpu" if ambient is None else ambient[0]
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = fake_mode()
         self.running = self.told_dtypes = False
         self._examples = iter([self._fake(example) for example in examples])
         self._attribute = attribute
-        self._tells_sizes = sizes
         self._values: dict[fx.Node, Any] = {}
         self._sized: set[fx.Node] = set()
         self._typed: set[fx.Node] = set()
@@ -99,22 +114,19 @@ class Facts:
     def kind(self, node: fx.Node) -> type | None:
         """The type of a node's value, or None when it is not told."""
         value = self._value(node)
-        return None if value is UNTOLD else torch.Tensor if isinstance(value, torch.Tensor) else type(value)
+        return None if value is UNTOLD else _SYMBOLIC.get(type(value)) or _kind_of(value)
 
     def told(self, node: fx.Node, *, sizes: bool = False) -> Any:
         """The value of a node that holds no tensor, or ``UNTOLD``; ``sizes``: also one that follows from sizes."""
         value = self._value(node)
         self.told_dtypes |= node in self._typed
-        if (node in self._sized and not (sizes or self._tells_sizes)) or isinstance(
-            value, torch.Tensor | _CastableDtype
-        ):
-            return UNTOLD
-        return value
+        sized = node in self._sized and not (sizes or self.tells_sizes)
+        return UNTOLD if sized or isinstance(value, torch.Tensor | _CastableDtype) or has_unknown(value) else value
 
     def shape(self, node: fx.Node) -> tuple[int, ...] | None:
         """The shape of a node's value, or None when it is not told."""
         value = self._value(node)
-        return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+        return tuple(value.shape) if isinstance(value, torch.Tensor) and not has_unknown(value) else None
 
     def length_here(self, node: fx.Node) -> int | None:
         """How many parts a tuple has with these examples, whatever that follows from."""
@@ -124,17 +136,18 @@ class Facts:
     def length(self, node: fx.Node) -> int | None:
         """How many parts a tuple has, or a tensor when sizes are told; None when that is not known."""
         value = self._value(node)
-        if not isinstance(value, torch.Size) and node in self._sized and not self._tells_sizes:
+        if not isinstance(value, torch.Size) and node in self._sized and not self.tells_sizes:
             return None
         if isinstance(value, torch.Tensor):
-            return len(value) if self._tells_sizes and value.dim() else None
+            known = self.tells_sizes and value.dim() and not has_unknown(value.shape[0])
+            return len(value) if known else None
         return len(value) if isinstance(value, tuple | list) else None
 
     def _value(self, node: fx.Node) -> Any:
         # In graph order and up to the last call, for a call may change the shape of an earlier value.
         unseen = [each for each in node.graph.nodes if each not in self._values]
         for each in unseen:
-            with self._alone():
+            with self.alone():
                 self._values[each] = self._found(each)
             if self._is_sized(each):
                 self._sized.add(each)
@@ -143,7 +156,7 @@ class Facts:
         return self._values[node]
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
         """What runs now is no part of the model's program: nothing of it is to be recorded."""
         grad_mode = _is_grad_enabled()
         self.running = True
@@ -239,6 +252,24 @@ class Facts:
         if has_nested(value):
             return UNTOLD
         return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
+
+
+_SYMBOLIC: Final = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+
+
+def _kind_of(value: Any) -> type:
+    return torch.Tensor if isinstance(value, torch.Tensor) else type(value)
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode for fake tensors. What has a size that only data tells is known apart from that size."""
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+
+
+def has_unknown(value: Any) -> bool:
+    """Whether a value is a size, or has one, that only data tells."""
+    parts = value.shape if isinstance(value, torch.Tensor) else pytree.tree_leaves(value)
+    return any(type(part) in _SYMBOLIC for part in parts)
 
 
 def has_nested(value: Any) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import linecache
 import os
+import re
 import traceback
 from collections.abc import Mapping
 from functools import partial
 from types import BuiltinFunctionType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch.fx.proxy import TraceError
@@ -16,12 +17,26 @@ from torch.fx.proxy import TraceError
 from fxamp.capture.source import is_users
 from fxamp.errors import CaptureError
 
-__all__ = ["capture_error", "dynamo_error", "name_of", "untraceable_by"]
+__all__ = ["Tried", "capture_error", "dynamo_error", "name_of", "untraceable_by"]
 
 _TRANSFORMS = ("_functorch", "_higher_order_ops")
 
 
-def capture_error(model: str, error: Exception) -> CaptureError:
+class Tried(NamedTuple):
+    """How a model was traced: ``call`` is the conversion with inputs in the user's words."""
+
+    call: str
+    by_example: bool
+    takes_nothing: bool  # without inputs, for all its arguments are optional
+
+
+# What is told of inputs, and not without.
+_TOLD = re.compile(
+    "branches on|iterates over|asks for the type|(argument .*|value cannot be) interpreted as an integer"
+)
+
+
+def capture_error(model: str, error: Exception, tried: Tried) -> CaptureError:
     """The error for a trace of ``model`` that failed with ``error``, with the user's own line."""
     if isinstance(error, CaptureError):
         return error
@@ -39,7 +54,7 @@ def capture_error(model: str, error: Exception) -> CaptureError:
         what = f"`{line}` {error}" if isinstance(error, TraceError) else f"`{line}`: {error}"
     return CaptureError(
         f"cannot trace {where}: {what}",
-        hint="put that line into a submodule of its own: a module that cannot be traced stays a call",
+        hint=_hint(error, tried),
     )
 
 
@@ -70,6 +85,15 @@ def untraceable_by(failed: Mapping[str, CaptureError]) -> CaptureError:
         if (len(failed) > 1)
         else first
     )
+
+
+def _hint(error: Exception, tried: Tried) -> str:
+    told = bool(_TOLD.search(str(error))) or (tried.takes_nothing and not isinstance(error, TraceError))
+    if told and not tried.by_example:
+        return f"trace it with inputs: {tried.call}"
+    if told:
+        return _COMPILE
+    return "put that line into a submodule of its own: a module that cannot be traced stays a call"
 
 
 def _qualified(error: Exception, model: str) -> str:

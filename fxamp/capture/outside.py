@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Outside"]
+__all__ = ["Outside", "is_random"]
 
 _Cache = functools._lru_cache_wrapper
 _NUMBERS: Final = (bool, int, float)
@@ -145,13 +145,14 @@ def _results(cache: Any) -> Iterator[Any]:
 
 def _is_constant(node: fx.Node) -> bool:
     """Whether a value is made of nothing, and not drawn at random."""
-    if node.op not in ("call_function", "call_method") or _is_random(node.target):
+    if node.op not in ("call_function", "call_method") or is_random(node.target):
         return False
     return all(map(_is_constant, node.all_input_nodes))
 
 
 @functools.cache
-def _is_random(target: Any) -> bool:
+def is_random(target: Any) -> bool:
+    """Whether an operator, a function or a method of this name, draws random numbers."""
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     packet = getattr(torch.ops.aten, name, None)
     overloads = [] if packet is None else [getattr(packet, name) for name in packet.overloads()]

@@ -84,7 +84,8 @@ def tensor_calls(
             if name in _FACTS or not _has_tensor(args, kwargs):
                 return func(*args, **kwargs)
             if is_tensor_method_or_property(func):
-                return record_method(name, args, kwargs)
+                found = record_method(name, args, kwargs)
+                return bool(found) if name == "__bool__" else found
             return record(func, args, kwargs)
 
     names = (getattr(factory, "__name__", "") for factory in made)

@@ -172,6 +172,8 @@ class Program(Traces):
         layout: Layout,
         setting: Setting,
         examples: list[Any] | None = None,
+        *,
+        data: bool = True,
     ) -> Traced:
         """The graph of one call.
 
@@ -180,13 +182,14 @@ class Program(Traces):
             setting: what shall surround it: for whoever asks for the modes of modules, autocast and the grad mode.
             examples: the values of the placeholders. They decide branches on the number of dimensions, and on sizes
                 too when the model cannot be traced without.
+            data: they also decide branches on what follows from their data, and the graph is for such data.
 
         Raises:
             CaptureError: when the model's or the loss's own code cannot be traced, with the user's line.
         """
         if examples is None:
             return self._trace(layout, setting, lambda: None)
-        facts = partial(Facts, examples, self.attribute, ambient=setting.ambient)
+        facts = partial(Facts, examples, self.attribute, data=data, ambient=setting.ambient)
         ways: dict[str, list[Callable[[], Traced]]] = {
             "torch.fx": [
                 lambda: self._trace(layout, setting, partial(facts, sizes=False)),

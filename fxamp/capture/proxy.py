@@ -71,6 +71,10 @@ class _Recorded(fx.Proxy):
         # Only C code asks, on its way to iterate: the builtin is another one while a model is traced.
         return self.tracer.settled_length(self)  # type: ignore[attr-defined, no-any-return]
 
+    def __contains__(self, value: Any) -> Any:
+        # Of a tensor, whether any element is the value; Python would go by its rows.
+        return self.tracer.create_proxy("call_function", operator.contains, (self, value), {})
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 

@@ -104,6 +104,17 @@ class ReadingTracer(DecidingTracer):
         """Where a module has a tensor, as a parameter, a buffer or a plain attribute."""
         return self._tensors.get(id(tensor)) or self.tensor_attrs.get(tensor)
 
+    def _tensor_of(self, path: str) -> torch.Tensor | None:
+        """The parameter, buffer or constant of this name; a plain attribute is none, for a graph may set it."""
+        if path in self.extras:
+            found = self.extras[path]
+        else:
+            owner, _, name = path.rpartition(".")
+            module = self._by_path.get(owner)
+            kept = ({**module._parameters, **module._buffers}) if module is not None else {}
+            found = kept.get(name)
+        return found if isinstance(found, torch.Tensor) else None
+
     def _from_outside(self, tensor: torch.Tensor) -> str:
         """The name of a tensor that no module has."""
         self._meet(tensor)

@@ -5,24 +5,22 @@ A graph is for every setting in which what its trace asked for has the same answ
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import fx
 
-from fxamp.capture.arguments import map_leaves
-from fxamp.capture.calls import expect
 from fxamp.capture.fits import Fits
+from fxamp.capture.questions import Questions
 from fxamp.capture.signature import Layout
 
-__all__ = ["Ambient", "GradMode", "Setting", "Traced", "grad_mode", "grad_mode_as"]
+__all__ = ["Ambient", "GradMode", "Setting", "Traced", "grad_mode", "grad_mode_as", "kept"]
 
 Ambient: TypeAlias = tuple[str, torch.dtype] | None
-
-_PLAIN: Final = ("_operator", "builtins", "math")  # where Python's own functions of numbers are
 
 
 class GradMode(NamedTuple):
@@ -60,6 +58,7 @@ class Traced:
         failed: the frontends that were tried before, with the reason of each.
         fits: the inputs that it is for, when it was captured for such.
         stands_on: the dtype and device of the tensors that it reads, when these may be frozen in it.
+        given: the values of the placeholders that it was traced with, when the way follows from these.
     """
 
     graph: fx.Graph
@@ -73,6 +72,7 @@ class Traced:
     failed: Mapping[str, str] = field(default_factory=dict)
     fits: Fits | None = None
     stands_on: Mapping[str, tuple[torch.dtype, torch.device]] = field(default_factory=dict)
+    given: tuple[Any, ...] | None = None
 
     def serves(self, setting: Setting, attribute: Callable[[str], Any]) -> bool:
         """Whether it is also the graph for this setting, and for the tensors that ``attribute`` finds by their path."""
@@ -84,38 +84,26 @@ class Traced:
             and all(_place(attribute(path)) == place for path, place in self.stands_on.items())
         )
 
-    def asks_numbers(self) -> bool:
-        """Whether the way through the model follows from arguments that are numbers."""
-        return any(node.target is expect and node in self._of_numbers() for node in self.graph.nodes)
+    @functools.cached_property
+    def questions(self) -> Questions:
+        """What the arguments of a call tell about the way, before it runs."""
+        return Questions(self.graph)
 
-    def goes_this_way(self, values: Sequence[Any]) -> bool:
-        """Whether a call with these values of the placeholders goes the way of this graph, by its numbers."""
+    def goes_this_way(self, values: Sequence[Any], attribute: Callable[[str], Any]) -> bool:
+        """Whether a call with these values of the placeholders goes the way of this graph."""
         if self.fits is not None and self.fits.problem(values) is not None:
             return False
-        rest = iter(values)
-        found: dict[fx.Node, Any] = {}
-        numbers = self._of_numbers()
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                found[node] = next(rest, None)
-            elif node in numbers:
-                args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, found.__getitem__)
-                if node.target is expect:
-                    value, expected, _ = args
-                    if (bool(value) if isinstance(expected, bool) else value) != expected:
-                        return False
-                else:
-                    found[node] = node.target(*args, **kwargs)
-        return True
+        return not self.questions or self.questions.are_answered_so(
+            values, list(map(attribute, self.questions.tensors))
+        )
 
-    def _of_numbers(self) -> set[fx.Node]:
-        """The nodes whose value follows from numbers among the arguments alone."""
-        found: set[fx.Node] = set()
-        for node in self.graph.nodes:
-            plain = node.target is expect or getattr(node.target, "__module__", "") in _PLAIN
-            if node.meta.get("number") or (plain and found.issuperset(node.all_input_nodes) and node.all_input_nodes):
-                found.add(node)
-        return found
+
+def kept(value: Any) -> Any:
+    """An argument of a call, to make another graph for such calls with: without its history."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    with torch.no_grad():
+        return value.detach().clone().requires_grad_(value.requires_grad)
 
 
 def _place(tensor: torch.Tensor) -> tuple[torch.dtype, torch.device]:

@@ -89,6 +89,14 @@ class CallSignature:
         """Whether the model takes ``*args``."""
         return any(p.kind is p.VAR_POSITIONAL for p in self.signature.parameters.values())
 
+    def spelled_examples(self) -> str:
+        """Example inputs as a user would write them."""
+        needed = [p.name for p in self.signature.parameters.values() if p.kind in _POSITIONAL and p.default is p.empty]
+        if not needed and (optional := next(iter(self.signature.parameters.values()), None)) is not None:
+            starred = optional.kind is optional.VAR_POSITIONAL
+            return "(x,)" if starred else f"((), {{{optional.name!r}: ...}})".replace("'", '"')
+        return f"({needed[0]},)" if len(needed) == 1 else f"({', '.join(needed)})"
+
     def base_layout(self, stars: int = 1) -> Layout:
         """The layout of a call that gives the required arguments only, and ``stars`` values for ``*args``."""
         slots = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ from fxamp.capture.patches import (
 from fxamp.capture.proxy import AmpProxy, SettlingProxy
 from fxamp.capture.reading import ReadingTracer
 from fxamp.capture.regions import Switched
-from fxamp.capture.setting import Ambient, Setting, Traced
+from fxamp.capture.setting import Ambient, Setting, Traced, kept
 from fxamp.capture.signature import Layout
 from fxamp.capture.source import user_line
 from fxamp.policy.operators import explicit
@@ -138,9 +139,13 @@ class AmpTracer(ReadingTracer):
         finally:
             self._attributes.undo()
 
-    def traced(self, graph: fx.Graph, layout: Layout, ambient: tuple[()] | tuple[Ambient]) -> Traced:
+    def traced(
+        self, graph: fx.Graph, layout: Layout, ambient: tuple[()] | tuple[Ambient], given: list[Any] | None
+    ) -> Traced:
         """The graph that ``run`` gave, with what it is good for."""
-        return Traced(graph, layout, self.untraceable, self._attributes.mode_readers, ambient, self.grad, self.asked)
+        readers = self._attributes.mode_readers
+        traced = Traced(graph, layout, self.untraceable, readers, ambient, self.grad, self.asked)
+        return traced if given is None or not traced.questions else replace(traced, given=tuple(map(kept, given)))
 
     @property
     def keeps_traced(self) -> bool:

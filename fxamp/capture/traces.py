@@ -6,8 +6,9 @@ Each trace runs on a throw-away clone, so nothing a forward does to ``self`` sta
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,11 +19,11 @@ from torch.fx.proxy import TraceError
 from fxamp.capture.clone import clone_trees, stop_iterators
 from fxamp.capture.entry import Entry
 from fxamp.capture.facts import Facts
-from fxamp.capture.failures import capture_error, dynamo_error
+from fxamp.capture.failures import Tried, capture_error, dynamo_error
 from fxamp.capture.holder import adopt, bound_to, unowned
 from fxamp.capture.outside import Outside
 from fxamp.capture.paths import is_torchs, paths_of
-from fxamp.capture.setting import Setting, Traced, grad_mode_as
+from fxamp.capture.setting import Setting, Traced, grad_mode_as, kept
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.capture.state import python_state
 from fxamp.capture.surroundings import (
@@ -60,6 +61,7 @@ class Traces:
     loss_tree: nn.Module | None
     loss_path: str
     extras: dict[str, Any]
+    has_loss: bool
     adopted: int
     _method: str
     _bound: Any
@@ -103,7 +105,7 @@ class Traces:
                 while path in untraceable:  # not the module itself but who calls it writes to it
                     path = path.rpartition(".")[0]
                 if not path:
-                    raise capture_error(self.name, TraceError(reason))
+                    raise capture_error(self.name, TraceError(reason), self._tried(facts()))
                 untraceable[path] = reason
 
     def _adopts(self) -> bool:
@@ -123,7 +125,7 @@ class Traces:
         self._make_trees()
         return True
 
-    def _trace_whole(self, layout: Layout, setting: Setting, values: list[Any], *, dynamic: bool) -> Traced:
+    def _trace_whole(self, layout: Layout, setting: Setting, values: Sequence[Any], *, dynamic: bool) -> Traced:
         """A graph by Dynamo."""
         while True:
             try:
@@ -135,7 +137,7 @@ class Traces:
             if not self._adopts():
                 return traced
 
-    def _trace_whole_once(self, layout: Layout, setting: Setting, values: list[Any], *, dynamic: bool) -> Traced:
+    def _trace_whole_once(self, layout: Layout, setting: Setting, values: Sequence[Any], *, dynamic: bool) -> Traced:
         _, entry, modules, originals = self._prepared(layout)
         from fxamp.capture.dynamo import DynamoTracer  # it is imported when it is needed: that takes a second
 
@@ -156,7 +158,12 @@ class Traces:
             finally:
                 outside.restore()
                 torch.set_rng_state(drawn)
-        return tracer.traced(graph, layout, fits)
+        return replace(tracer.traced(graph, layout, fits), given=tuple(map(kept, values)))
+
+    def _tried(self, facts: Facts | None) -> Tried:
+        models = "model, loss" if self.has_loss else "model"
+        call = f"fxamp.convert({models}, example_inputs={self.signature.spelled_examples()})"
+        return Tried(call, facts is not None, not self.signature.required and not self.signature.starred)
 
     def _prepared(self, layout: Layout) -> _Prepared:
         """What one trace runs on."""
@@ -225,9 +232,10 @@ class Traces:
                 check_root(changed, drawn)
             except Exception as error:
                 blind = tracer.keeps_traced and not reads
-                raise (_ReadsCount() if blind else capture_error(self.name, error)) from error
+                raise (_ReadsCount() if blind else capture_error(self.name, error, self._tried(facts))) from error
             finally:
                 outside.restore()
                 torch.set_rng_state(drawn)
         matters = tracer.composed or bool(asked) or tracer.of_one_autocast
-        return tracer.traced(graph, layout, (setting.ambient,) if matters else ()), changed
+        given = facts.real if facts is not None else None
+        return tracer.traced(graph, layout, (setting.ambient,) if matters else (), given), changed

@@ -37,6 +37,7 @@ _LEAF_OPERATORS: Final = (
 # Calls that only steer what runs, and calls that tell something of a tensor.
 _STEERING: Final = MODE_CALLS | frozenset(
     {
+        operator.contains,
         operator.not_,
         torch.finfo,
         torch.iinfo,

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensorMode, fake_tensor
+from torch._subclasses import fake_tensor
 from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
 from fxamp.capture.calls import MODE_CALLS
-from fxamp.capture.facts import gpu_is_away, has_nested, moved, run_on_fakes, without_log
+from fxamp.capture.facts import fake_mode, gpu_is_away, has_nested, has_unknown, moved, run_on_fakes, without_log
 from fxamp.capture.objects import Rebuilt
 from fxamp.capture.regions import autocast_as
 from fxamp.dtypes import is_castable
@@ -54,7 +54,7 @@ class FakeObserver:
     ) -> None:
         self._device_type = device_type
         self._attribute = attribute
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = fake_mode()
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         self._values: dict[fx.Node, Any] = {}
         self._known: dict[Hashable, Any] | None = {} if keeps_shapes(graph, attribute) else None
@@ -82,7 +82,7 @@ class FakeObserver:
     def shape(self, node: fx.Node) -> tuple[int, ...] | None:
         """The shape of a node's value, when it is one tensor and known."""
         value = self._values.get(node)
-        return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+        return tuple(value.shape) if isinstance(value, torch.Tensor) and not has_unknown(value) else None
 
     def _attribute_of(self, path: str) -> Any:
         value = self._attribute(path)
@@ -140,7 +140,8 @@ class FakeObserver:
         except _NOT_FAKEABLE:
             return _MISSING  # the rules tell what they can
         except Exception as error:
-            if decision.how == "ambient" or not decision.aten or "data is not allocated" in str(error):
+            unknown = any(map(has_unknown, pytree.tree_leaves([self._values[n] for n in node.all_input_nodes])))
+            if unknown or decision.how == "ambient" or not decision.aten or "data is not allocated" in str(error):
                 return _MISSING
             raise _does_not_fit(decision, error) from error
 

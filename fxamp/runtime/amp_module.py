@@ -49,6 +49,7 @@ class AmpModule(CheckpointedModule):
         self._own_checkpoints()
         self._activate()
         conversion.scaler._bind(self)
+        _ = conversion.positional  # kept from now on: torch.compile could not find it out
 
     # -- running -----------------------------------------------------------------------------------
 
@@ -69,7 +70,7 @@ class AmpModule(CheckpointedModule):
         if not torch.compiler.is_compiling() and not variant.footing.holds():
             self._regain_footing(variant)
             return self.forward(*args, **kwargs)
-        if variant.particular and not variant.serves(values):
+        if plain and variant.particular and not variant.serves(values):
             variant, values = self._variant_for(args, kwargs)
         if variant.observed and not variant.fits(values):
             variant = self._compiled(conversion.by_rule(variant))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from fxamp.errors import CaptureError, PolicyError, nearest
 from fxamp.plan.rules import check_overridable
 from fxamp.policy import Policy
 from fxamp.runtime.asked import Asked, Stages, ambient_of, base_layout, dtypes_of, mode_of
+from fxamp.runtime.checks import changed_after_freezing, not_before_freezing, not_while_compiling, too_many
 from fxamp.runtime.scaler import GradScaler
 from fxamp.runtime.variant import Variant
 
@@ -40,6 +42,7 @@ class Conversion:
         variants: (mode, layout) to graph, in the order they came.
         layout: of the call that ``graph`` and the report show.
         examples: the values of its placeholders, when example inputs were given.
+        by_example: whether any were given, so that other values may need another graph.
         dtypes: those of the parameters and buffers when the graphs were planned.
         refused: layouts whose numbers have to be baked in.
         written: how often the parameters had been written to at the last call that looked.
@@ -53,6 +56,7 @@ class Conversion:
     mode: str
     layout: Layout
     examples: list[Any] | None = None
+    by_example: bool = False
     traced: list[tuple[str, Traced]] = field(default_factory=list)
     variants: list[tuple[str, Variant]] = field(default_factory=list)
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
@@ -74,7 +78,7 @@ class Conversion:
         policy, adopted = asked.resolve(program.whole), program.adopted
         mode = mode_of(program.whole)
         base = layout if layout is not None else base_layout(program, mode, policy)
-        new = Conversion(program, asked, stages, policy, mode, base, examples)
+        new = Conversion(program, asked, stages, policy, mode, base, examples, examples is not None)
         for name in dict.fromkeys((mode, "train", "eval")):
             new._trace(name, base)
         new._finish()
@@ -92,7 +96,7 @@ class Conversion:
             if traced.serves(setting, self._attribute):
                 self.traced.append((mode, traced))
             elif traced.layout == self.layout:
-                self._trace(mode, traced.layout)
+                self._trace(mode, traced.layout, self._here(traced.given))
         made: list[tuple[str, Variant]] = []
         for mode, traced in self.traced:
             made.append((mode, self._build(mode, traced, made)))
@@ -111,24 +115,35 @@ class Conversion:
         trees = any(slot.kind == "tree" for slot in self.layout)
         return len(values) if values == self.program.signature.required and not trees else -1
 
-    def _trace(self, mode: str, layout: Layout, values: list[Any] | None = None) -> Traced:
+    def _trace(self, mode: str, layout: Layout, values: Sequence[Any] | None = None, *, data: bool = True) -> Traced:
         """A graph for calls of this layout, with values like these, in this mode and the current grad mode."""
         setting = self._setting(mode)
-        if layout == self.layout and (self.examples is None or values is None):
+        if layout == self.layout and (values is None or not self.by_example):
             values = self.examples
         for _, known in self.traced:
             fits = known.layout == layout and known.serves(setting, self._attribute)
-            if fits and (values is None or known.goes_this_way(values)):
+            if fits and (values is None or known.goes_this_way(values, self._attribute)):
                 break
         else:
             with torch.inference_mode(False):  # of what is made in it, fake tensors can be no views
-                known = self.program.trace(layout, setting, values)
+                known = self.program.trace(layout, setting, None if values is None else list(values), data=data)
         self.traced.append((mode, known))
         return known
 
+    def _here(self, values: Sequence[Any] | None) -> Sequence[Any] | None:
+        """Arguments of a call, on the device that the parameters are on now."""
+        device = next((tensor.device for tensor in self.program.whole.parameters()), None)
+        if values is None or device is None:
+            return values
+        return [value.to(device) if isinstance(value, torch.Tensor) else value for value in values]
+
     def trace_for(self, mode: str, known: Traced) -> Traced:
         """A graph for such calls as a known one is for, in this mode and the current grad mode."""
-        return known if known.serves(self._setting(mode), self._attribute) else self._trace(mode, known.layout)
+        return (
+            known
+            if known.serves(self._setting(mode), self._attribute)
+            else self._trace(mode, known.layout, known.given)
+        )
 
     def _setting(self, mode: str) -> Setting:
         return Setting(self.program.flags(mode), ambient_of(self.policy), grad_mode())
@@ -140,7 +155,10 @@ class Conversion:
         for other, variant in known:
             if variant.traced is traced:
                 return variant if other == mode else variant.in_mode(mode, self.stages.rewrite)
-        return self._planned(mode, traced, self.examples if traced.layout == self.layout else None)
+        examples = self.examples if traced.layout == self.layout else None
+        if examples is not None and traced.given is not None:
+            examples = list(traced.given)
+        return self._planned(mode, traced, examples)
 
     def _planned(self, mode: str, traced: Traced, examples: list[Any] | None) -> Variant:
         with torch.inference_mode(False):
@@ -180,15 +198,22 @@ class Conversion:
             return found
         if self.frozen is not None:
             given = [slot.name for slot in layout if slot not in self.layout]
-            raise _not_before_freezing(self.program, given, self._misfit(layout, values))
-        if len(self.variants) >= MAX_VARIANTS:
-            raise CaptureError(
-                f"{MAX_VARIANTS} kinds of calls were traced already: an optional argument changes with every call",
-                hint="pass what changes as a tensor",
-            )
-        traced = self._trace(self.mode, layout, values_of(layout, values))
+            raise not_before_freezing(self.program.name, given, self._misfit(layout, values))
+        if torch.compiler.is_compiling():
+            raise not_while_compiling()
+        left = MAX_VARIANTS - len(self.variants)
+        if left <= 0:
+            raise too_many(MAX_VARIANTS, any(known.traced.layout == layout for _, known in self.variants))
+        traced = self._trace_last(layout, values) if left == 1 else None
+        traced = traced or self._trace(self.mode, layout, values_of(layout, values))
         self.variants.append((self.mode, self._build(self.mode, traced, self.variants)))
         return self.variants[-1][1]
+
+    def _trace_last(self, layout: Layout, values: Mapping[str, Any]) -> Traced | None:
+        """A graph for calls with any data, if there can be one: with what asks for it left as calls of submodules."""
+        with suppress(CaptureError):
+            return self._trace(self.mode, layout, values_of(layout, values), data=False)
+        return None
 
     def find(self, layout: Layout, values: Mapping[str, Any] | None = None) -> Variant | None:
         """The graph for a call of this layout, and with these values, in the current mode, when there is one."""
@@ -221,7 +246,7 @@ class Conversion:
             CaptureError: when the weights are rounded for the graphs as they are.
         """
         if self.frozen is not None:
-            raise _changed_after_freezing(self.program)
+            raise changed_after_freezing(self.program.name)
         self.traced, self.variants = [], []
         for mode in dict.fromkeys((self.mode, "train", "eval")):
             self._trace(mode, self.layout)
@@ -278,10 +303,10 @@ class Conversion:
     def packed(self, pack: Callable[[fx.Graph], Any]) -> dict[str, Any]:
         """The state as picklable data."""
         variants = [
-            (mode, replace(v.traced, graph=pack(v.traced.graph)), v.plan, pack(v.graph), v.observed)
+            (mode, replace(v.traced, graph=pack(v.traced.graph), given=None), v.plan, pack(v.graph), v.observed)
             for mode, v in self.variants
         ]
-        names = ("program", "asked", "stages", "policy", "mode", "layout", "scaler", "dtypes", "frozen")
+        names = ("program", "asked", "stages", "policy", "mode", "layout", "by_example", "scaler", "dtypes", "frozen")
         return {"variants": variants, **{name: getattr(self, name) for name in names}}
 
     @staticmethod
@@ -295,19 +320,3 @@ class Conversion:
             variant = Variant.of(new.program, whole, plan, unpack(graph))
             new.variants.append((mode, replace(variant, observed=observed)))
         return new
-
-
-def _not_before_freezing(program: Program, given: list[str], misfit: str | None) -> CaptureError:
-    reason = f": {misfit}" if misfit else ""
-    return CaptureError(
-        f"{program.name} was frozen before a call that gives {', '.join(given) or 'such arguments'}{reason}",
-        hint="call amp that way once, then amp.freeze()",
-    )
-
-
-def _changed_after_freezing(program: Program) -> CaptureError:
-    return CaptureError(
-        f"the modules of {program.name} were changed after it was frozen: found other hooks, parameters or values than "
-        f"its graphs were made for",
-        hint="change the module that it was frozen from, then amp.freeze()",
-    )

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxamp.capture import Program, Traced, grad_mode
+from fxamp.capture.questions import Questions
 from fxamp.errors import CaptureError, describe
 from fxamp.plan import PrecisionPlan
 from fxamp.runtime.footing import Footing
@@ -35,7 +36,9 @@ class Variant:
     tensors: tuple[tuple[Callable[[], Any], str, Any], ...] = ()  # what the model asked of its own, and the answers
     observed: tuple[tuple[torch.dtype, bool] | None, ...] = ()  # dtype, and whether 0-dim, of the example inputs
     by_rule: Variant | None = None  # planned without them
-    particular: bool = False  # whether it is not for every grad mode, whatever its tensors and numbers
+    questions: Questions | None = None  # that a call's arguments answer
+    of_questions: tuple[Callable[[], Any], ...] = ()  # the tensors that these need
+    particular: bool = False  # whether it is not for every grad mode, whatever its tensors and arguments
 
     @staticmethod
     def of(
@@ -47,10 +50,20 @@ class Variant:
     ) -> Variant:
         """The graph of a program's trace, planned for such examples when there are any."""
         tensors = _readers(program, traced)
-        particular = bool(traced.grad or tensors or traced.fits) or traced.asks_numbers()
+        particular = bool(traced.grad or tensors or traced.questions or traced.fits)
         observed = tuple(map(_observed, examples or ()))
         footing = Footing(program, traced)
-        return Variant(traced, plan, made, footing, tensors=tensors, observed=observed, particular=particular)
+        return Variant(
+            traced,
+            plan,
+            made,
+            footing,
+            tensors=tensors,
+            observed=observed,
+            questions=traced.questions or None,
+            of_questions=_of_questions(program, traced),
+            particular=particular,
+        )
 
     @property
     def graph(self) -> fx.Graph:
@@ -72,7 +85,8 @@ class Variant:
         """The same graph over the modules of a clone of its program."""
         flags = tuple((clone(module), flag) for module, flag in self.mode_flags)
         footing, tensors = Footing(program, self.traced), _readers(program, self.traced)
-        return replace(self, footing=footing, tensors=tensors, mode_flags=flags, by_rule=None)
+        needed = _of_questions(program, self.traced)
+        return replace(self, footing=footing, tensors=tensors, of_questions=needed, mode_flags=flags, by_rule=None)
 
     def of_frozen(self, program: Program) -> Variant:
         """The same graph over weights in the low dtype, which is no news to what the model asked of them."""
@@ -91,9 +105,12 @@ class Variant:
     def serves(self, values: Sequence[Any]) -> bool:
         """Whether it is for the current grad mode and tensors, and for these values of the placeholders."""
         return (
-            self.traced.grad in ((), (grad_mode(),))
+            (not self.traced.grad or self.traced.grad == (grad_mode(),))
             and all(getattr(read(), name) == value for read, name, value in self.tensors)
-            and self.traced.goes_this_way(values)
+            and (self.traced.fits is None or self.traced.fits.problem(values) is None)
+            and (
+                self.questions is None or self.questions.are_answered_so(values, [read() for read in self.of_questions])
+            )
         )
 
     def check_kinds(self, values: Sequence[Any]) -> None:
@@ -114,6 +131,10 @@ class Variant:
 
 def _readers(program: Program, traced: Traced) -> tuple[tuple[Callable[[], Any], str, Any], ...]:
     return tuple((program.reader(path), name, value) for (path, name), value in traced.tensors.items())
+
+
+def _of_questions(program: Program, traced: Traced) -> tuple[Callable[[], Any], ...]:
+    return tuple(map(program.reader, traced.questions.tensors))
 
 
 def _observed(example: Any) -> tuple[torch.dtype, bool] | None:
