@@ -42,14 +42,16 @@ def test_the_public_names() -> None:
         "PolicyError",
         "Report",
         "VerifyError",
+        "backend",
         "convert",
         "inspect",
+        "reports",
     ]
     assert all(hasattr(fxamp, name) for name in fxamp.__all__)
 
 
 def test_nothing_else_looks_public() -> None:
-    parts = {"capture", "dtypes", "errors", "insight", "plan", "policy", "rewrite", "runtime"}
+    parts = {"capture", "compiling", "dtypes", "errors", "insight", "plan", "policy", "rewrite", "runtime"}
     assert {name for name in vars(fxamp) if not name.startswith("_")} == {*fxamp.__all__} | parts
 
 
@@ -177,7 +179,10 @@ def test_the_errors_named(name: str, errors: list[str]) -> None:
 # -- who imports whom ------------------------------------------------------------------------------------
 
 # Each part may import itself and the parts before it.
-ORDER = ("errors", "dtypes", "policy", "capture", "plan", "runtime", "rewrite", "insight", "convert", "__init__")
+ORDER = (
+    "errors", "dtypes", "policy", "capture", "plan", "runtime", "rewrite", "insight", "convert", "compiling", "backend",
+    "registered", "__init__",
+)  # fmt: skip
 
 
 def imports(name: str) -> Iterator[tuple[ast.stmt, str]]:
@@ -215,7 +220,15 @@ def test_imports_are_pythons_torch_and_tabulate(name: str) -> None:
 
 
 # file: function: what it imports, and only when it runs
-LOCAL_IMPORTS: dict[tuple[str, str], str] = {}
+LOCAL_IMPORTS: dict[tuple[str, str], str] = {
+    # To import Dynamo takes a second, which who does not need it shall not wait for.
+    ("capture/sizes.py", "written"): "from torch.utils._sympy.printers import PythonPrinter",
+    ("capture/sizes.py", "_is_endless"): "from torch.utils._sympy.numbers import int_oo",
+    ("capture/traces.py", "_trace_whole_once"): "from fxamp.capture.dynamo import DynamoTracer",
+    ("compiling/running.py", "_inductor"): "from torch import _inductor",
+    ("compiling/running.py", "_looked_up"): "from torch._dynamo.backends.registry import lookup_backend",
+    ("compiling/surrounding.py", "surround_calls"): "from torch._dynamo import eval_frame",
+}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -175,7 +175,9 @@ def test_the_data_has_the_promised_form(name: str, device_type: str, examples: b
     amp, found = zoo(name, device_type, examples)
     data = found.to_dict()
     assert json.loads(json.dumps(data)) == data
-    assert list(data) == ["policy", "device_type", "dtype", "mode", "nodes", "totals"]
+    assert list(data) == [
+        "policy", "device_type", "dtype", "mode", "frontend", "failed_frontends", "nodes", "totals",
+    ]  # fmt: skip
     assert (data["policy"], data["device_type"], data["dtype"], data["mode"]) == (
         "autocast",
         device_type,

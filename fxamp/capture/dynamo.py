@@ -26,10 +26,12 @@ from fxamp.capture.entry import Entry
 from fxamp.capture.facts import without_log
 from fxamp.capture.fits import Fits, Kind
 from fxamp.capture.members import store_of
+from fxamp.capture.patches import mode_of
 from fxamp.capture.reading import ReadingTracer
 from fxamp.capture.regions import autocast_as
 from fxamp.capture.setting import Ambient, Setting, Traced
 from fxamp.capture.signature import Layout
+from fxamp.capture.sizes import condition, kind_of
 from fxamp.capture.state import python_state
 from fxamp.capture.surroundings import changed_modules
 from fxamp.errors import describe
@@ -208,30 +210,14 @@ class DynamoTracer(ReadingTracer):
 
     def _fits(self, names: Sequence[str], given: Sequence[Any]) -> Fits:
         shapes = dict(self._shapes())
-        kinds = [_kind(value, shapes.get(self._inputs[id(value)])) for value in given]
+        kinds = [kind_of(value, shapes.get(self._inputs[id(value)])) for value in given]
         symbols = {size for kind in kinds if isinstance(kind, Kind) for size in kind.sizes if isinstance(size, str)}
-        return Fits(tuple(names), tuple(kinds), self._condition({size for size in symbols if size.isidentifier()}))
-
-    def _condition(self, symbols: set[str]) -> str:
-        """What the program asked of the symbols."""
         examples = (node.meta.get("example_value") for node in self._sources)
         mode = next((value.fake_mode for value in examples if isinstance(value, FakeTensor)), None)
-        if mode is None or mode.shape_env is None:
-            return "True"
-        conditions: dict[str, None] = {}
-        for symbol, bounds in mode.shape_env.var_to_range.items():
-            if str(symbol) in symbols:
-                conditions[f"{_written(bounds.lower)} <= {symbol}"] = None
-                if not _is_endless(bounds.upper):
-                    conditions[f"{symbol} <= {_written(bounds.upper)}"] = None
-        for guard in mode.shape_env.guards:
-            expression = mode.shape_env.simplify(guard.expr)
-            unknown = {str(symbol) for symbol in expression.free_symbols} - symbols
-            if unknown and not all(name.startswith(("u", "zu")) for name in unknown):
-                raise SizesCountError
-            if expression.free_symbols and not unknown:
-                conditions[_written(expression)] = None
-        return " and ".join(f"({condition})" for condition in conditions) or "True"
+        asked = condition(mode, {size for size in symbols if size.isidentifier()})
+        if asked is None:
+            raise SizesCountError
+        return Fits(tuple(names), tuple(kinds), asked)
 
     # -- what the model keeps and returns ----------------------------------------------------------------
 
@@ -245,6 +231,9 @@ class DynamoTracer(ReadingTracer):
                 owner = self.create_node("get_attr", path or THIS, (), {})
                 self.create_node("call_function", assign, (owner, name, self.create_arg(new)), {})
                 _put_back(module, name, old)
+        for path, module in self._by_path.items():
+            if mode_of(module) is not self._setting.training.get(path, mode_of(module)):
+                raise TraceError(f"switches the mode of {type(module).__name__}, which a graph would forget")
         for path, what in changed_modules(self._by_path, before).items():
             raise TraceError(f"{what} (in module '{path}')" if path else what)
 
@@ -302,34 +291,6 @@ def _may_change(value: torch.Tensor) -> Sequence[int]:
 def _stand_in(value: Any) -> Any:
     """Another object for each output, however many of them are one value."""
     return value.detach() if isinstance(value, torch.Tensor) else value
-
-
-def _kind(value: Any, shape: Sequence[Any] | None) -> Any:
-    """What an input has to be; all that was seen of it when Dynamo's graph has no use for it."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    sizes = tuple(_size(size) for size in (value.shape if shape is None else shape))
-    return Kind(value.dtype, value.device.type, value.requires_grad, sizes)
-
-
-def _size(size: Any) -> int | str:
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    expression = size.node.expr
-    return _written(expression) if expression.free_symbols else int(expression)
-
-
-def _written(expression: Any) -> str:
-    """A sympy expression as Python has it."""
-    from torch.utils._sympy.printers import PythonPrinter
-
-    return str(PythonPrinter().doprint(expression))
-
-
-def _is_endless(bound: Any) -> bool:
-    from torch.utils._sympy.numbers import int_oo
-
-    return bound == int_oo or bound.is_infinite is True or int(bound) >= 2**31
 
 
 def _set_to_stand_ins(module: nn.Module) -> Iterator[tuple[str, FakeTensor]]:

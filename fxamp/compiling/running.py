@@ -42,10 +42,9 @@ def _looked_up(name: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str) -> Any:
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
+    from torch import _inductor
 
-    return compile_fx(gm, example_inputs, config_patches=list_mode_options(mode))
+    return _inductor.compile(gm, list(example_inputs), options=_inductor.list_mode_options(mode))
 
 
 def without_autocast(run: Callable[..., Any], device_type: str) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 __all__ = ["Surrounded", "backend_of", "surround_calls"]
@@ -30,12 +31,11 @@ def surround_calls(backend_of_ours: Callable[[Any], Any]) -> None:
     Args:
         backend_of_ours: the backend that counts for what torch.compile was given, or None.
     """
-    import torch._dynamo
-    from torch._dynamo.eval_frame import OptimizeContext
+    from torch._dynamo import eval_frame
 
     original = torch._dynamo.optimize
 
-    class Surrounding(OptimizeContext):
+    class Surrounding(eval_frame.OptimizeContext):
         fxamp: Surrounded
 
         def __call__(self, fn: Any) -> Any:
@@ -53,7 +53,7 @@ def surround_calls(backend_of_ours: Callable[[Any], Any]) -> None:
             made = asked.compiler_fn = made.configured(**asked.kwargs)
             asked.kwargs = {}
         context = original(*args, **kwargs)
-        if isinstance(context, OptimizeContext):  # torch.compile may be switched off
+        if isinstance(context, eval_frame.OptimizeContext):  # torch.compile may be switched off
             context.__class__ = Surrounding
             context.fxamp = made  # type: ignore[attr-defined]
         return context

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxamp.capture.facts import has_unknown
 from fxamp.plan.calls import Call, read_call
 from fxamp.plan.decision import Decision
 from fxamp.plan.results import is_pointwise
@@ -115,7 +116,7 @@ def tensor_key(tensor: torch.Tensor) -> Hashable:
     """
     if type(tensor) not in _PLAIN or tensor.layout != torch.strided or tensor.is_nested:
         raise Unlike
-    if getattr(tensor, "constant", None) is not None:
+    if getattr(tensor, "constant", None) is not None or has_unknown(tensor):
         raise Unlike
     return (
         type(tensor),
