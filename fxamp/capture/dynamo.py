@@ -243,7 +243,9 @@ class DynamoTracer(ReadingTracer):
                 return self._ours[self._outputs[id(a)][1]]
             if id(a) in self._inputs:
                 return self._inputs[id(a)]
-            if isinstance(a, FakeTensor) or not isinstance(a, torch.Tensor):
+            if not isinstance(a, torch.Tensor):
+                raise SizesCountError
+            if isinstance(a, FakeTensor):
                 raise TraceError("keeps a value of the call that Dynamo does not show")
         if self._dynamic and type(a) in (int, float):
             raise SizesCountError  # it may be a size

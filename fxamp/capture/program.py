@@ -66,7 +66,6 @@ class Program(Traces):
         self.has_loss = loss is not None
         self.adopted, self._settled = 0, False
         self._strangers: list[Any] = []
-        self._failed: dict[str, CaptureError] = {}  # the frontends that could not take a call of it
         self._make_trees()
         self._check_hooks()
 
@@ -200,16 +199,16 @@ class Program(Traces):
                 lambda: self._trace_whole(layout, setting, examples, dynamic=False),
             ],
         }
-        failed = dict(self._failed)
+        failed: dict[str, CaptureError] = {}
         for frontend in self.frontends:
-            for attempt in ways[frontend] if frontend not in self._failed else ():
+            for attempt in ways[frontend]:
                 try:
-                    traced = attempt()
+                    found = attempt()
                 except CaptureError as error:
                     failed[frontend] = error
                 else:
-                    self._failed = failed
-                    return replace(traced, failed={name: error.message for name, error in failed.items()})
+                    failed.pop(frontend, None)
+                    return replace(found, failed={name: error.message for name, error in failed.items()})
         raise untraceable_by(failed)
 
 
