@@ -250,6 +250,18 @@ def test_a_value_that_is_given_another_shape_serves_no_other_call(name: str) -> 
     assert_same(amp(x), expected)
 
 
+def test_sizes_that_only_data_tells_are_not_alike() -> None:
+    def function(x: Tensor, y: Tensor) -> Any:
+        some = torch.relu(x)[x > 0], torch.relu(y)[y > 0]
+        return torch.relu(some[0]) * 2, torch.relu(some[1]) * 2, torch.nonzero(x), torch.nonzero(y)
+
+    inputs = torch.randn(3, 4), torch.randn(3, 4)
+    amp = fxamp.convert(function, dtype=torch.bfloat16, example_inputs=inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = function(*inputs)
+    assert_same(amp(*inputs), expected)
+
+
 # -- calls -----------------------------------------------------------------------------------------------
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
