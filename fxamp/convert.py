@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from fxamp.capture import Layout, Program, Traced, values_of
+from fxamp.capture import Layout, Program, Traced
 from fxamp.capture.clone import is_compiled
 from fxamp.capture.facts import gpu_is_away
 from fxamp.dtypes import check_low_dtype
@@ -179,8 +179,7 @@ def _example_layout(program: Program, example_inputs: Any) -> tuple[Layout | Non
             f"example_inputs do not fit the signature {program.signature.signature}: {error}",
             hint="give a tuple of positional inputs, or (args_tuple, kwargs_dict)",
         ) from error
-    layout = program.signature.layout(values)
-    return layout, values_of(layout, values)
+    return program.signature.laid_out(values)
 
 
 def _split_examples(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -12,6 +12,7 @@ import functools
 import operator
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Final
@@ -109,6 +110,28 @@ def known_kind(value: Any) -> type | None:
     """What a traced value will be: a tensor, a size, an int; None when it cannot be told."""
     if not _plain_isinstance(value, fx.Node):
         return type(value)
+    waiting = [value]  # and not by recursion: programs go on for thousands of calls, and use values twice
+    while waiting:
+        node = waiting.pop()
+        unknown = [source for source in _kind_sources(node) if source not in _kinds]
+        if unknown and node not in _kinds:
+            waiting += [node, *unknown]
+        elif node not in _kinds:
+            _kinds[node] = _kind_of(node)
+    return _kinds[value]
+
+
+_kinds: Final[weakref.WeakKeyDictionary[fx.Node, type | None]] = weakref.WeakKeyDictionary()
+
+
+def _kind_sources(node: fx.Node) -> list[fx.Node]:
+    """The values whose kinds tell that of a node."""
+    if node.target is getattr or node.target is operator.getitem:
+        return node.all_input_nodes[:1]
+    return node.all_input_nodes if getattr(node.target, "__module__", None) == "_operator" else []
+
+
+def _kind_of(value: fx.Node) -> type | None:
     if value.op in ("placeholder", "get_attr"):
         return torch.Tensor  # an input is taken to be a tensor, unless example inputs say more
     if value.target is getattr:

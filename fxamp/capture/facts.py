@@ -7,6 +7,7 @@ is a dtype under the rules of a GPU where the autocast of fake tensors could not
 
 from __future__ import annotations
 
+import itertools
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -145,8 +146,8 @@ class Facts:
 
     def _value(self, node: fx.Node) -> Any:
         # In graph order and up to the last call, for a call may change the shape of an earlier value.
-        unseen = [each for each in node.graph.nodes if each not in self._values]
-        for each in unseen:
+        unseen = list(itertools.takewhile(lambda each: each not in self._values, reversed(node.graph.nodes)))
+        for each in reversed(unseen):
             with self.alone():
                 self._values[each] = self._found(each)
             if self._is_sized(each):

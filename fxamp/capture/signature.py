@@ -52,6 +52,15 @@ class CallSignature:
     signature: inspect.Signature
     owners: Mapping[str, tuple[str, str]]
 
+    def __post_init__(self) -> None:
+        # Asked at every call that is not plain; nothing of it changes.
+        parameters = self.signature.parameters.values()
+        named = all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+        places = {p.name: i for i, p in enumerate(parameters) if p.kind in _POSITIONAL}
+        self.__dict__["_base"] = {slot.name: slot for slot in self.base_layout()}
+        self.__dict__["_named"] = tuple(parameters) if named else None
+        self.__dict__["_places"] = places
+
     @staticmethod
     def of(model: Callable[..., Any], loss: Callable[..., Any] | None) -> CallSignature:
         """The signature of ``model``, followed by the required and then the optional arguments of ``loss``."""
@@ -115,6 +124,9 @@ class CallSignature:
         Raises:
             TypeError: as the model itself would, when the arguments do not fit.
         """
+        simply = self._bound_simply(args, kwargs) if self.__dict__["_named"] is not None else None
+        if simply is not None:
+            return simply
         bound = self.signature.bind(*self._loss_last(args, kwargs), **kwargs)
         bound.apply_defaults()
         values = dict(bound.arguments)
@@ -122,6 +134,22 @@ class CallSignature:
             if p.kind is p.VAR_KEYWORD:
                 values.update(values.pop(p.name))
         return values
+
+    def _bound_simply(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """As ``inspect`` binds them, for a signature without stars; None when the arguments do not fit."""
+        values: dict[str, Any] = {}
+        used = 0
+        for i, p in enumerate(self.__dict__["_named"]):
+            if i < len(args) and p.name in self.__dict__["_places"] and p.name not in kwargs:
+                values[p.name] = args[i]
+            elif p.name in kwargs and i >= len(args) and p.kind is not p.POSITIONAL_ONLY:
+                values[p.name] = kwargs[p.name]
+                used += 1
+            elif i >= len(args) and p.default is not p.empty:
+                values[p.name] = p.default
+            else:
+                return None
+        return values if used == len(kwargs) and len(args) <= len(values) else None
 
     def _loss_last(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """``*inputs, *loss_args`` as the user writes them, in the order of the signature."""
@@ -135,10 +163,11 @@ class CallSignature:
         leading = len(required) - len(loss)
         return args[:leading] + args[split:] + args[leading:split]
 
-    def layout(self, values: Mapping[str, Any], *, bake_numbers: bool = False) -> Layout:
-        """The layout that these argument values ask for."""
-        base = {slot.name: slot for slot in self.base_layout()}
-        return tuple(_slot(name, value, base.get(name), bake_numbers) for name, value in values.items())
+    def laid_out(self, values: Mapping[str, Any], *, bake_numbers: bool = False) -> tuple[Layout, list[Any]]:
+        """The layout that these argument values ask for, and the values of its placeholders."""
+        base = self.__dict__["_base"]
+        found = [_slot(name, value, base.get(name), bake_numbers) for name, value in values.items()]
+        return tuple([slot for slot, _ in found]), [leaf for _, leaves in found for leaf in leaves]
 
     def split(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
         """Argument values as (positional of the model, keywords of the model, keywords of the loss)."""
@@ -171,20 +200,22 @@ def values_of(layout: Layout, values: Mapping[str, Any]) -> list[Any]:
     return flat
 
 
-def _slot(name: str, value: Any, base: Slot | None, bake_numbers: bool) -> Slot:
+def _slot(name: str, value: Any, base: Slot | None, bake_numbers: bool) -> tuple[Slot, list[Any]]:
+    """The slot of an argument, and the values of its placeholders."""
     if base is not None and base.kind == "constant" and _same(value, base.detail):
-        return base
+        return base, []
     if isinstance(value, torch.Tensor):
-        return Slot(name, "value")
+        return Slot(name, "value"), [value]
     tree, leaves = Tree.of(value)
     required = base is not None and base.kind != "constant"
     if tree is not None and _has_values(leaves, numbers=required):
-        return Slot(name, "tree", Tree.of(value, numbers=True)[0] if bake_numbers else tree)
+        tree, leaves = Tree.of(value, numbers=True) if bake_numbers else (tree, leaves)
+        return Slot(name, "tree", tree), leaves
     if isinstance(value, int | float) and not isinstance(value, bool) and not bake_numbers:
-        return Slot(name, "value")
+        return Slot(name, "value"), [value]
     if required and tree is None and not is_constant(value, numbers=True):
-        return Slot(name, "object")
-    return Slot(name, "constant", value)
+        return Slot(name, "object"), [value]
+    return Slot(name, "constant", value), []
 
 
 def _has_values(leaves: list[Any], *, numbers: bool) -> bool:

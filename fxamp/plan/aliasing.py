@@ -7,7 +7,7 @@ and two casts may share their result only when none of the places that their val
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -32,8 +32,8 @@ class Writes:
     """Counts the writes to each place while a graph is read from its start."""
 
     def __init__(self) -> None:
-        self._seen: dict[fx.Node, frozenset[object]] = {}
-        self._marked: dict[fx.Node, frozenset[object]] = {}
+        self._sources: dict[fx.Node, Sequence[fx.Node]] = {}
+        self._storages: dict[fx.Node, object] = {}
         self._count: Counter[object] = Counter()
 
     def define(self, node: fx.Node, *, fresh: bool, storage: object = None) -> None:
@@ -44,13 +44,28 @@ class Writes:
             fresh: it is sure to share no memory with its inputs.
             storage: of a parameter or buffer, as ``storage_of`` tells it.
         """
-        sources = () if fresh else node.all_input_nodes
-        seen, marked = self._own(node, storage)
-        self._seen[node] = frozenset(seen).union(*(self._seen.get(source, ()) for source in sources))
-        self._marked[node] = frozenset(marked).union(*(self._marked.get(source, ()) for source in sources))
+        self._sources[node] = () if fresh else node.all_input_nodes
+        if storage is not None:
+            self._storages[node] = storage
 
-    def _own(self, node: fx.Node, storage: object) -> tuple[set[object], set[object]]:
-        if node.op == "placeholder":
+    def _places(self, node: fx.Node) -> tuple[set[object], set[object]]:
+        """The places that a value sees, and those that are marked when it is written to."""
+        seen: set[object] = set()
+        marked: set[object] = set()
+        met, waiting = {node}, [node]
+        while waiting:
+            each = waiting.pop()
+            own = self._own(each)
+            seen |= own[0]
+            marked |= own[1]
+            further = [source for source in self._sources.get(each, ()) if source in self._sources]
+            waiting.extend(source for source in further if source not in met)
+            met.update(further)
+        return seen, marked
+
+    def _own(self, node: fx.Node) -> tuple[set[object], set[object]]:
+        storage = self._storages.get(node)
+        if node.op == "placeholder" and node in self._sources:
             return {node, _INPUTS, _ATTRIBUTES}, {node, _INPUTS}
         if storage is not None:
             return {storage, _INPUTS}, {storage, _ATTRIBUTES}
@@ -59,7 +74,7 @@ class Writes:
     def write(self, target: Any) -> None:
         """Every value in a nested argument is written to, and with it whatever it may be a view of."""
         for node in nodes_in(target):
-            self._count.update(self._marked.get(node, (node,)))
+            self._count.update(self._places(node)[1])
 
     def touch(self, storages: Iterable[object]) -> None:
         """A module writes to its own tensors."""
@@ -67,5 +82,7 @@ class Writes:
 
     def version(self, node: fx.Node, *, guessed: bool = True) -> int:
         """Grows with every write that the value may see; ``guessed``: also where it might be another input's memory."""
-        places = self._seen.get(node, frozenset({node}))
+        if not self._count:
+            return 0  # as in most graphs, of which nothing has to be looked at then
+        places = self._places(node)[0]
         return sum(self._count[place] for place in (places if guessed else places - _GROUPS))

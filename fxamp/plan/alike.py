@@ -15,7 +15,6 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxamp.capture.facts import has_unknown
 from fxamp.plan.calls import Call, read_call
 from fxamp.plan.decision import Decision
 from fxamp.plan.results import is_pointwise
@@ -116,8 +115,9 @@ def tensor_key(tensor: torch.Tensor) -> Hashable:
     """
     if type(tensor) not in _PLAIN or tensor.layout != torch.strided or tensor.is_nested:
         raise Unlike
-    if getattr(tensor, "constant", None) is not None or has_unknown(tensor):
-        raise Unlike
+    places = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
+    if getattr(tensor, "constant", None) is not None or any(type(place) is not int for place in places):
+        raise Unlike  # what only data tells is not the same for another tensor
     return (
         type(tensor),
         tensor.dtype,

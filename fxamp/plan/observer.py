@@ -107,11 +107,14 @@ class FakeObserver:
             return make()
         try:
             known = key()
-            if known not in self._known:
-                self._known[known] = make()
-            return self._known[known]
         except Unlike:
             return make()
+        if known in self._known:
+            return self._known[known]
+        made = make()
+        if not any(map(has_unknown, pytree.tree_leaves(made))):
+            self._known[known] = made
+        return made
 
     def _fake(self, value: Any) -> Any:
         if has_nested(value):

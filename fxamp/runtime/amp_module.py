@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxamp.capture import Program, values_of
+from fxamp.capture import Program
 from fxamp.capture.calls import enter_inference_mode, leave_inference_modes
 from fxamp.capture.packing import pack_graph, unpack_graph
 from fxamp.errors import FxampError
@@ -123,8 +123,8 @@ class AmpModule(CheckpointedModule):
     ) -> tuple[Variant, Sequence[Any]]:
         conversion = self._conversion
         values = conversion.program.signature.bind(args, kwargs)
-        variant = self._compiled(conversion.variant_for(values, bake_numbers=bake_numbers))
-        return variant, values_of(variant.traced.layout, values)
+        variant, given = conversion.variant_for(values, bake_numbers=bake_numbers)
+        return self._compiled(variant), given
 
     # -- graphs ------------------------------------------------------------------------------------
 

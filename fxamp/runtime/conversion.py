@@ -179,18 +179,22 @@ class Conversion:
         assert found is not None
         return found
 
-    def variant_for(self, values: Mapping[str, Any], *, bake_numbers: bool = False) -> Variant:
-        """The graph for a call with these arguments; numbers are baked in when code branches on them."""
+    def variant_for(self, values: Mapping[str, Any], *, bake_numbers: bool = False) -> tuple[Variant, Sequence[Any]]:
+        """The graph for a call with these arguments, and the values of its placeholders.
+
+        Numbers are baked in when code branches on them.
+        """
         signature = self.program.signature
-        layout = signature.layout(values, bake_numbers=bake_numbers)
+        layout, given = signature.laid_out(values, bake_numbers=bake_numbers)
         if layout not in self.refused:
             try:
-                return self.variant(layout, values)
+                return self.variant(layout, values), given
             except CaptureError:
-                if layout == signature.layout(values, bake_numbers=True):
+                if layout == signature.laid_out(values, bake_numbers=True)[0]:
                     raise
                 self.refused.append(layout)
-        return self.variant(signature.layout(values, bake_numbers=True), values)
+        layout, given = signature.laid_out(values, bake_numbers=True)
+        return self.variant(layout, values), given
 
     def variant(self, layout: Layout, values: Mapping[str, Any]) -> Variant:
         """The graph for a call of this layout in the current mode; traced now when it is the first such call."""
