@@ -890,3 +890,93 @@ def test_a_builtin_is_named_as_users_write_it() -> None:
         "the signature of torch.relu is not known to Python\n\n"
         "hint: wrap it in a function of your own: lambda x: torch.relu(x)"
     )
+
+
+@dataclasses.dataclass
+class Seen:
+    """What a module gives back, for others to add to."""
+
+    hidden: Tensor
+    pooled: Any = None
+
+
+class Sees(nn.Module):
+    """Stays a call: what a graph of it would forget."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.kind = nn.Linear(4, 4), Seen
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        return self.kind(self.fc(x), self.fc(x).mean(-1))
+
+
+class AddsTo(nn.Module):
+    def __init__(self, use: Any) -> None:
+        super().__init__()
+        self.sees, self.fc, self.use = Sees(), nn.Linear(4, 4), use
+
+    def forward(self, x: Tensor) -> Any:
+        return self.use(self, self.sees(x))
+
+
+def sets_one(m: Any, seen: Any) -> Any:
+    before = seen.pooled
+    seen.pooled = m.fc(seen.hidden)
+    return seen.pooled + before[..., None], seen.hidden
+
+
+def sets_one_of_another_dtype(m: Any, seen: Any) -> Any:
+    seen.hidden = seen.hidden.float() * 2
+    return m.fc(seen.hidden).float() @ seen.hidden.t(), seen.hidden.dtype == torch.float32
+
+
+def sets_a_weight(m: Any, seen: Any) -> Any:
+    seen.pooled = m.fc.weight
+    return seen.hidden @ seen.pooled + seen.hidden @ m.fc.weight
+
+
+def writes_to_what_it_set(m: Any, seen: Any) -> Any:
+    y = m.fc(seen.hidden).float()
+    low = y @ m.fc.weight
+    seen.pooled = y
+    seen.pooled.mul_(2)
+    return low + y @ m.fc.weight
+
+
+@pytest.mark.parametrize("use", [sets_one, sets_one_of_another_dtype, sets_a_weight, writes_to_what_it_set])
+@pytest.mark.parametrize("examples", [False, True])
+def test_an_attribute_of_what_a_call_gave_back_is_set_at_run_time(use: Any, examples: bool) -> None:
+    model = AddsTo(use)
+    if examples and use is sets_one_of_another_dtype:
+        with pytest.raises(fxamp.CaptureError, match="may be None"):
+            fxamp.convert(AddsTo(lambda m, seen: seen.hidden.grad), example_inputs=(torch.randn(3, 4),))
+    check_against_autocast(model, torch.randn(3, 4, requires_grad=True), examples=examples)
+
+
+def test_an_object_that_was_added_to_is_handed_out_with_it() -> None:
+    def adds(m: Any, seen: Any) -> Any:
+        seen.pooled = m.fc(seen.hidden)
+        return seen
+
+    model, x = AddsTo(adds), torch.randn(3, 4)
+    amp = fxamp.convert(model, dtype=torch.bfloat16, example_inputs=(x,))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+    found = amp(x)
+    assert type(found) is Seen
+    assert_same((found.hidden, found.pooled), (expected.hidden, expected.pooled))
+    assert amp(x).pooled is not found.pooled
+
+
+@pytest.mark.parametrize("name", ["data", "requires_grad"])
+def test_what_a_tensor_has_is_not_set(name: str) -> None:
+    def sets(m: Any, seen: Any) -> Any:
+        setattr(seen.hidden, name, seen.hidden)
+        return seen.hidden
+
+    with pytest.raises(fxamp.CaptureError, match=f"sets the attribute '{name}' of a tensor"):
+        fxamp.convert(AddsTo(sets))

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from fxamp.capture.arguments import map_leaves
 from fxamp.capture.away import cast_all, prepared
 from fxamp.capture.builtins import plain_builtins
-from fxamp.capture.calls import MODE_CALLS, has_hooks
+from fxamp.capture.calls import MODE_CALLS, has_hooks, set_objects
 from fxamp.capture.clone import clone_tree
 from fxamp.capture.regions import AutocastState, autocast_as, state_of
 from fxamp.capture.slices import UNTOLD
@@ -173,6 +173,8 @@ class Facts:
             return next(self._examples, UNTOLD)
         if node.op == "get_attr":
             return self._fake(self._attribute(str(node.target)))
+        for each in set_objects(node):
+            self._values[each] = UNTOLD  # it is not what the call gave any more
         name = str(node.args[1]) if node.target is getattr else node.target
         if node.target in MODE_CALLS or name in _NOT_TOLD:
             return UNTOLD

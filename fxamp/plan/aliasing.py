@@ -49,6 +49,11 @@ class Writes:
         self._seen[node] = frozenset(seen).union(*(self._seen.get(source, ()) for source in sources))
         self._marked[node] = frozenset(marked).union(*(self._marked.get(source, ()) for source in sources))
 
+    def join(self, owner: fx.Node, parts: Iterable[fx.Node]) -> None:
+        """A value holds others from now on."""
+        for known in (self._seen, self._marked):
+            known[owner] = known[owner].union(*(known.get(part, ()) for part in parts))
+
     def _own(self, node: fx.Node, storage: object) -> tuple[set[object], set[object]]:
         if node.op == "placeholder":
             return {node, _INPUTS, _ATTRIBUTES}, {node, _INPUTS}

@@ -16,7 +16,7 @@ from torch._subclasses import fake_tensor
 from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
-from fxamp.capture.calls import MODE_CALLS
+from fxamp.capture.calls import MODE_CALLS, set_objects
 from fxamp.capture.facts import fake_mode, gpu_is_away, has_nested, has_unknown, moved, run_on_fakes, without_log
 from fxamp.capture.objects import Rebuilt
 from fxamp.capture.regions import autocast_as
@@ -88,6 +88,8 @@ class FakeObserver:
         return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
 
     def _run(self, node: fx.Node, decision: Decision) -> Any:
+        for each in set_objects(node):
+            self.forget(each)
         if node.target in MODE_CALLS:
             return None
         if any(self._values.get(source, _MISSING) is _MISSING for source in node.all_input_nodes):

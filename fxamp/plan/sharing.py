@@ -16,8 +16,8 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 
-from fxamp.capture import AutocastState
-from fxamp.capture.calls import enter_inference_mode, exit_inference_mode, has_hooks
+from fxamp.capture import AutocastState, assign
+from fxamp.capture.calls import enter_inference_mode, exit_inference_mode, has_hooks, set_objects
 from fxamp.dtypes import is_castable
 from fxamp.plan.aliasing import Writes, storage_of
 from fxamp.plan.calls import Call, argument_nodes
@@ -70,6 +70,8 @@ class Sharing:
         hands_on = call.inplace or call.holds or call.aten in _MAY_RETURN_ITSELF
         fresh = from_table or not (kind in (None, "first") or hands_on)
         self._writes.define(node, fresh=fresh)
+        for owner in set_objects(node):
+            self._writes.join(owner, node.all_input_nodes)
         if not call.steering and (not call.aten or call.aten in _MAKES_LEAVES):
             self._may_be[node] = frozenset({node.name}) | self._handed_on(node, call)
         elif hands_on:
@@ -77,7 +79,7 @@ class Sharing:
         else:
             self._may_be[node] = frozenset()
         self._writes.write(call.writes)
-        for module in self._modules(node):
+        for module in self._modules(node) if node.target is not assign else ():
             self._writes.touch(storage_of(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
     def _handed_on(self, node: fx.Node, call: Call) -> frozenset[object]:
