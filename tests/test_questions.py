@@ -386,3 +386,14 @@ def test_the_questions_of_a_graph_are_a_graph() -> None:
     graph: fx.Graph = amp._conversion.base.traced.questions.graph
     graph.lint()
     assert [node.target for node in graph.nodes if node.op == "placeholder"] == ["input_0", "input_1"]
+
+
+def test_a_loop_that_goes_by_its_values_is_refused() -> None:
+    def loops(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+        steps = 0
+        while mask.sum() + 2000 > steps:
+            steps += 1
+        return m.fc(x)
+
+    with pytest.raises(fxamp.CaptureError, match="depends on a tensor value"):
+        fxamp.convert(Asking(loops), example_inputs=(X, FULL))
