@@ -64,7 +64,8 @@ class DecidingTracer(fx.Tracer):
     @property
     def grad(self) -> tuple[()] | tuple[GradMode]:
         """The grad mode of the trace, if that was asked for."""
-        return (self._setting.grad,) if self._regions.asked else ()
+        told = self.facts is not None and self.facts.told_grads
+        return (self._setting.grad,) if self._regions.asked or told else ()
 
     def answers(self) -> dict[Callable[..., Any], Callable[..., Any]]:
         """What the model gets that asks torch for the grad mode, or switches autocast past its regions."""

@@ -192,7 +192,8 @@ class Program:
             CaptureError: when the model's or the loss's own code cannot be traced, with the user's line.
         """
         if examples is not None:
-            facts = partial(Facts, examples, self.attribute, data=data, ambient=setting.ambient)
+            grad = setting.grad.enabled and not setting.grad.inference
+            facts = partial(Facts, examples, self.attribute, data=data, ambient=setting.ambient, grad=grad)
             with suppress(CaptureError):
                 return self._trace(layout, setting, partial(facts, sizes=False))
             return self._trace(layout, setting, partial(facts, sizes=True))
