@@ -397,3 +397,16 @@ def test_a_loop_that_goes_by_its_values_is_refused() -> None:
 
     with pytest.raises(fxamp.CaptureError, match="depends on a tensor value"):
         fxamp.convert(Asking(loops), example_inputs=(X, FULL))
+
+
+def test_the_rest_of_a_shape_is_followed() -> None:
+    def projected(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+        *batch, _ = x.shape[:-1], 0
+        y = m.fc(x).view(*batch[0], 2, 2).transpose(1, 2)
+        return y * 2 if y.shape[2] > 2 else y
+
+    model = Asking(projected)
+    amp = fxamp.convert(model, dtype=BF16, example_inputs=(X, FULL))
+    for x in (X, X[:, :1], X[:1]):
+        same(model, amp, x, FULL)
+    assert variants(amp) == 2
