@@ -980,3 +980,78 @@ def test_what_a_tensor_has_is_not_set(name: str) -> None:
 
     with pytest.raises(fxamp.CaptureError, match=f"sets the attribute '{name}' of a tensor"):
         fxamp.convert(AddsTo(sets))
+
+
+class Layer:
+    """What a decoder keeps of one layer: a plain object, filled at the first use."""
+
+    def __init__(self) -> None:
+        self.keys: Any = None
+        self.values: Any = None
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 1)
+        self.values = values if self.values is None else torch.cat([self.values, values], 1)
+        return self.keys, self.values
+
+
+class Cache:
+    def __init__(self, count: int) -> None:
+        self.layers = [Layer() for _ in range(count)]
+        self.seen = 0
+
+
+class Decoder(nn.Module):
+    """Makes a cache when it is given none, and hands it out."""
+
+    def __init__(self, *, stays_a_call: bool) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList([nn.Linear(4, 12) for _ in range(2)])
+        self.calls, self.stays_a_call = 0, stays_a_call
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> dict[str, Any]:
+        self.calls += self.stays_a_call
+        cache = Cache(len(self.projections)) if cache is None else cache
+        for layer, projection in zip(cache.layers, self.projections, strict=True):
+            query, key, value = projection(x).chunk(3, -1)
+            keys, values = layer.update(key, value)
+            x = x + (query @ keys.transpose(1, 2)).softmax(-1) @ values
+        cache.seen += 1
+        return {"x": x, "cache": cache}
+
+
+def of_a_cache(cache: Any) -> list[Tensor]:
+    assert type(cache) is Cache
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+@pytest.mark.parametrize("stays_a_call", [False, True])
+@pytest.mark.parametrize("examples", [False, True])
+def test_a_cache_that_a_forward_makes_is_one_of_each_call(stays_a_call: bool, examples: bool) -> None:
+    model: nn.Module = Decoder(stays_a_call=stays_a_call)
+    if stays_a_call:
+
+        class Outer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.decoder, self.fc = Decoder(stays_a_call=True), nn.Linear(4, 4)
+
+            def forward(self, x: Tensor) -> dict[str, Any]:
+                found = self.decoder(x)
+                return {"x": self.fc(found["x"]), "cache": found["cache"]}
+
+        model = Outer()
+    x = torch.randn(2, 3, 4)
+    amp = fxamp.convert(model, dtype=torch.bfloat16, **({"example_inputs": (x,)} if examples else {}))
+    earlier: list[Any] = []
+    for inputs in (x, x * 2, torch.randn(1, 5, 4)):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = model(inputs)
+        found = amp(inputs)
+        assert_same((found["x"], *of_a_cache(found["cache"])), (expected["x"], *of_a_cache(expected["cache"])))
+        assert found["cache"].seen == 1
+        for other in earlier:
+            assert other is not found["cache"]
+            assert other.layers[0] is not found["cache"].layers[0]
+        earlier.append(found["cache"])
+    assert len({id(tensor) for cache in earlier for tensor in of_a_cache(cache)}) == 12
