@@ -890,3 +890,168 @@ def test_a_builtin_is_named_as_users_write_it() -> None:
         "the signature of torch.relu is not known to Python\n\n"
         "hint: wrap it in a function of your own: lambda x: torch.relu(x)"
     )
+
+
+@dataclasses.dataclass
+class Seen:
+    """What a module gives back, for others to add to."""
+
+    hidden: Tensor
+    pooled: Any = None
+
+
+class Sees(nn.Module):
+    """Stays a call: what a graph of it would forget."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.kind = nn.Linear(4, 4), Seen
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        return self.kind(self.fc(x), self.fc(x).mean(-1))
+
+
+class AddsTo(nn.Module):
+    def __init__(self, use: Any) -> None:
+        super().__init__()
+        self.sees, self.fc, self.use = Sees(), nn.Linear(4, 4), use
+
+    def forward(self, x: Tensor) -> Any:
+        return self.use(self, self.sees(x))
+
+
+def sets_one(m: Any, seen: Any) -> Any:
+    before = seen.pooled
+    seen.pooled = m.fc(seen.hidden)
+    return seen.pooled + before[..., None], seen.hidden
+
+
+def sets_one_of_another_dtype(m: Any, seen: Any) -> Any:
+    seen.hidden = seen.hidden.float() * 2
+    return m.fc(seen.hidden).float() @ seen.hidden.t(), seen.hidden.dtype == torch.float32
+
+
+def sets_a_weight(m: Any, seen: Any) -> Any:
+    seen.pooled = m.fc.weight
+    return seen.hidden @ seen.pooled + seen.hidden @ m.fc.weight
+
+
+def writes_to_what_it_set(m: Any, seen: Any) -> Any:
+    y = m.fc(seen.hidden).float()
+    low = y @ m.fc.weight
+    seen.pooled = y
+    seen.pooled.mul_(2)
+    return low + y @ m.fc.weight
+
+
+@pytest.mark.parametrize("use", [sets_one, sets_one_of_another_dtype, sets_a_weight, writes_to_what_it_set])
+@pytest.mark.parametrize("examples", [False, True])
+def test_an_attribute_of_what_a_call_gave_back_is_set_at_run_time(use: Any, examples: bool) -> None:
+    model = AddsTo(use)
+    if examples and use is sets_one_of_another_dtype:
+        with pytest.raises(fxamp.CaptureError, match="may be None"):
+            fxamp.convert(AddsTo(lambda m, seen: seen.hidden.grad), example_inputs=(torch.randn(3, 4),))
+    check_against_autocast(model, torch.randn(3, 4, requires_grad=True), examples=examples)
+
+
+def test_an_object_that_was_added_to_is_handed_out_with_it() -> None:
+    def adds(m: Any, seen: Any) -> Any:
+        seen.pooled = m.fc(seen.hidden)
+        return seen
+
+    model, x = AddsTo(adds), torch.randn(3, 4)
+    amp = fxamp.convert(model, dtype=torch.bfloat16, example_inputs=(x,))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+    found = amp(x)
+    assert type(found) is Seen
+    assert_same((found.hidden, found.pooled), (expected.hidden, expected.pooled))
+    assert amp(x).pooled is not found.pooled
+
+
+@pytest.mark.parametrize("name", ["data", "requires_grad"])
+def test_what_a_tensor_has_is_not_set(name: str) -> None:
+    def sets(m: Any, seen: Any) -> Any:
+        setattr(seen.hidden, name, seen.hidden)
+        return seen.hidden
+
+    with pytest.raises(fxamp.CaptureError, match=f"sets the attribute '{name}' of a tensor"):
+        fxamp.convert(AddsTo(sets))
+
+
+class Layer:
+    """What a decoder keeps of one layer: a plain object, filled at the first use."""
+
+    def __init__(self) -> None:
+        self.keys: Any = None
+        self.values: Any = None
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 1)
+        self.values = values if self.values is None else torch.cat([self.values, values], 1)
+        return self.keys, self.values
+
+
+class Cache:
+    def __init__(self, count: int) -> None:
+        self.layers = [Layer() for _ in range(count)]
+        self.seen = 0
+
+
+class Decoder(nn.Module):
+    """Makes a cache when it is given none, and hands it out."""
+
+    def __init__(self, *, stays_a_call: bool) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList([nn.Linear(4, 12) for _ in range(2)])
+        self.calls, self.stays_a_call = 0, stays_a_call
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> dict[str, Any]:
+        self.calls += self.stays_a_call
+        cache = Cache(len(self.projections)) if cache is None else cache
+        for layer, projection in zip(cache.layers, self.projections, strict=True):
+            query, key, value = projection(x).chunk(3, -1)
+            keys, values = layer.update(key, value)
+            x = x + (query @ keys.transpose(1, 2)).softmax(-1) @ values
+        cache.seen += 1
+        return {"x": x, "cache": cache}
+
+
+def of_a_cache(cache: Any) -> list[Tensor]:
+    assert type(cache) is Cache
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+@pytest.mark.parametrize("stays_a_call", [False, True])
+@pytest.mark.parametrize("examples", [False, True])
+def test_a_cache_that_a_forward_makes_is_one_of_each_call(stays_a_call: bool, examples: bool) -> None:
+    model: nn.Module = Decoder(stays_a_call=stays_a_call)
+    if stays_a_call:
+
+        class Outer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.decoder, self.fc = Decoder(stays_a_call=True), nn.Linear(4, 4)
+
+            def forward(self, x: Tensor) -> dict[str, Any]:
+                found = self.decoder(x)
+                return {"x": self.fc(found["x"]), "cache": found["cache"]}
+
+        model = Outer()
+    x = torch.randn(2, 3, 4)
+    amp = fxamp.convert(model, dtype=torch.bfloat16, **({"example_inputs": (x,)} if examples else {}))
+    earlier: list[Any] = []
+    for inputs in (x, x * 2, torch.randn(1, 5, 4)):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = model(inputs)
+        found = amp(inputs)
+        assert_same((found["x"], *of_a_cache(found["cache"])), (expected["x"], *of_a_cache(expected["cache"])))
+        assert found["cache"].seen == 1
+        for other in earlier:
+            assert other is not found["cache"]
+            assert other.layers[0] is not found["cache"].layers[0]
+        earlier.append(found["cache"])
+    assert len({id(tensor) for cache in earlier for tensor in of_a_cache(cache)}) == 12

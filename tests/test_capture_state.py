@@ -9,6 +9,7 @@ import inspect
 import itertools
 import random
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -1119,3 +1120,99 @@ def test_what_moves_on_when_it_is_asked_is_refused_or_stays_a_call(name: str) ->
         with torch.autocast("cpu", torch.bfloat16):
             expected = eager(x)
         assert torch.equal(amp(x), expected)
+
+
+class Hands(nn.Module):
+    """Hands a value on by an attribute, which it takes back."""
+
+    found: Any = None
+
+    def __init__(self, use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.alpha, self.busy, self.use = nn.Linear(4, 4), None, False, use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, x)
+
+
+def hands_on(m: Any, x: Tensor) -> Tensor:
+    assert m.alpha is None
+    m.alpha = m.fc(x).softmax(-1)
+    y: Tensor = m.alpha * x
+    m.alpha = None
+    return m.fc(y)
+
+
+def marks(m: Any, x: Tensor) -> Tensor:
+    m.busy = True
+    y = m.fc(x) * 2 if m.busy else x
+    m.busy = False
+    return y
+
+
+def hands_on_of_the_class(m: Any, x: Tensor) -> Tensor:
+    m.found = m.fc(x) if m.found is None else m.found
+    y: Tensor = m.found + 1
+    m.found = None
+    return y
+
+
+@pytest.mark.parametrize("use", [hands_on, marks, hands_on_of_the_class])
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_a_forward_puts_back_is_no_state(use: Any, inside: bool) -> None:
+    model = nn.Sequential(Hands(use), nn.Linear(4, 4)) if inside else Hands(use)
+    amp = check_against_autocast(model, torch.randn(3, 4), calls=3)
+    assert amp.report().totals["opaque"] == 0
+
+
+def test_a_call_in_between_finds_what_was_set() -> None:
+    class Reads(nn.Module):
+        def __init__(self, owner: list[Any]) -> None:
+            super().__init__()
+            self.owner, self.calls = owner, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1  # so that it stays a call
+            return x * self.owner[0].factor
+
+    class Sets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.factor, self.reads = nn.Linear(4, 4), 1, None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.factor = 3
+            y: Tensor = self.inner(self.fc(x))
+            self.factor = 1
+            return y
+
+    model, x = Sets(), torch.randn(3, 4)
+    model.inner = Reads([model])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+    with pytest.raises(fxamp.CaptureError, match=r"sets self\.factor"):
+        fxamp.convert(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        amp = fxamp.convert(nn.Sequential(model), dtype=torch.bfloat16)
+    assert_same(amp(x), expected)
+
+
+def forgets_to(m: Any, x: Tensor) -> Tensor:
+    y = marks(m, x)
+    m.busy = not m.busy
+    return y
+
+
+def puts_back_another(m: Any, x: Tensor) -> Tensor:
+    m.alpha = m.fc(x)
+    y: Tensor = m.alpha if m.alpha is not None else x
+    m.alpha = 0
+    return y
+
+
+@pytest.mark.parametrize(("use", "line"), [(forgets_to, "m.busy = not m.busy"), (puts_back_another, "m.alpha = 0")])
+def test_what_is_not_put_back_is_refused_with_its_line(use: Any, line: str) -> None:
+    with pytest.raises(fxamp.CaptureError) as raised:
+        fxamp.convert(Hands(use))
+    assert f"cannot trace {use.__name__} (test_capture_state.py:" in str(raised.value)
+    assert f"`{line}` " in str(raised.value)

@@ -401,3 +401,60 @@ def test_a_distribution_checks_its_arguments_at_every_call() -> None:
     amp = fxamp.convert(scored, example_inputs=(torch.zeros(3), torch.ones(3)))
     with pytest.raises(AssertionError, match="the model requires"):
         amp(torch.zeros(3), -torch.ones(3))
+
+
+class Graded(nn.Module):
+    """Goes by what has gradients."""
+
+    def __init__(self, use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.use = nn.Linear(4, 4), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, x)
+
+
+def computed(m: Any, x: Tensor) -> Tensor:
+    y: Tensor = m.fc(x)
+    return y * 2 if y.requires_grad or x.requires_grad else y * 3
+
+
+def without(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = m.fc(x)
+    z: Tensor = m.fc(y)
+    return (z + 1 if z.requires_grad else z) * (3 if y.requires_grad else 2)
+
+
+def detached(m: Any, x: Tensor) -> Tensor:
+    y: Tensor = m.fc(x).detach()
+    return y * 2 if y.requires_grad else m.fc(y)
+
+
+@pytest.mark.parametrize("use", [computed, without, detached])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_what_has_gradients_is_told_for_the_grad_mode(use: Any, mode: Any) -> None:
+    model, x = Graded(use), torch.randn(3, 4, requires_grad=True)
+    with mode():
+        amp = fxamp.convert(model, dtype=BF16, example_inputs=(x,))
+    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            found = amp(x)
+            with torch.autocast("cpu", BF16):
+                assert_same(found, model(x))
+    assert_same(run(amp, (x,), {}, nullcontext()), run(model, (x,), {}, torch.autocast("cpu", BF16)))
+
+
+def test_weights_that_lose_their_gradients_are_an_error_with_the_line() -> None:
+    x = torch.ones(2, 4)
+    amp = fxamp.convert(Graded(computed), example_inputs=(x,))
+    amp.requires_grad_(False)
+    with pytest.raises(fxamp.CaptureError, match="the graph was made for True, found False"):
+        amp(x)
+
+
+def test_an_input_with_gradients_takes_another_graph() -> None:
+    model, x = Graded(lambda m, x: m.fc(x) * (2 if x.requires_grad else 3)), torch.randn(3, 4)
+    amp = fxamp.convert(model, dtype=BF16, example_inputs=(x,))
+    for inputs in (x, x.clone().requires_grad_(), x):
+        assert_same(run(amp, (inputs,), {}, nullcontext()), run(model, (inputs,), {}, torch.autocast("cpu", BF16)))

@@ -386,3 +386,27 @@ def test_the_questions_of_a_graph_are_a_graph() -> None:
     graph: fx.Graph = amp._conversion.base.traced.questions.graph
     graph.lint()
     assert [node.target for node in graph.nodes if node.op == "placeholder"] == ["input_0", "input_1"]
+
+
+def test_a_loop_that_goes_by_its_values_is_refused() -> None:
+    def loops(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+        steps = 0
+        while mask.sum() + 2000 > steps:
+            steps += 1
+        return m.fc(x)
+
+    with pytest.raises(fxamp.CaptureError, match="depends on a tensor value"):
+        fxamp.convert(Asking(loops), example_inputs=(X, FULL))
+
+
+def test_the_rest_of_a_shape_is_followed() -> None:
+    def projected(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+        *batch, _ = x.shape[:-1], 0
+        y = m.fc(x).view(*batch[0], 2, 2).transpose(1, 2)
+        return y * 2 if y.shape[2] > 2 else y
+
+    model = Asking(projected)
+    amp = fxamp.convert(model, dtype=BF16, example_inputs=(X, FULL))
+    for x in (X, X[:, :1], X[:1]):
+        same(model, amp, x, FULL)
+    assert variants(amp) == 2

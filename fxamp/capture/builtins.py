@@ -140,6 +140,8 @@ def _kind_of(value: fx.Node) -> type | None:
     if value.op == "call_method" and value.target in _QUERIES:
         return torch.Size if value.target == "size" and len(value.args) == 1 and not value.kwargs else int
     if value.target is operator.getitem:
+        if isinstance(value.args[1], slice):  # a part of what it was
+            return known_kind(value.args[0])
         return {torch.Size: int, torch.Tensor: torch.Tensor}.get(known_kind(value.args[0]) or object)
     if getattr(value.target, "__module__", None) == "_operator":
         if "kind" not in value.meta:  # each operand may be made of the same ones

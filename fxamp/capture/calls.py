@@ -5,6 +5,7 @@ Each is a small value that pickles and that torch.fx can print by name.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ __all__ = [
     "leave_inference_modes",
     "manual_seed",
     "restore_states",
+    "set_objects",
     "set_rng_state",
 ]
 
@@ -80,9 +82,19 @@ class ScriptedCall:
 
 
 @fx.node.has_side_effect
-def assign(module: nn.Module, name: str, value: Any) -> None:
-    """Sets an attribute of a module, as the user's forward did while it was traced."""
-    setattr(module, name, value)
+def assign(owner: Any, name: str, value: Any) -> None:
+    """Sets an attribute of a module, or of an object, as the user's forward did while it was traced."""
+    setattr(owner, name, value)
+
+
+def set_objects(node: fx.Node) -> list[fx.Node]:
+    """The value whose attribute a call sets, when it is no module, and those that it was a part of."""
+    found: list[fx.Node] = []
+    owner: Any = node.args[0] if node.target is assign else None
+    while isinstance(owner, fx.Node) and owner.op != "get_attr":
+        found.append(owner)
+        owner = owner.args[0] if owner.target in (getattr, operator.getitem) else None
+    return found
 
 
 # Calls of their own, for Dynamo puts wrappers in the place of torch's when it is imported.

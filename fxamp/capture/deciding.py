@@ -17,7 +17,8 @@ from torch import fx
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
-from fxamp.capture.absent import is_dropped
+from fxamp.capture.absent import is_dropped, may_be_none
+from fxamp.capture.builtins import known_kind
 from fxamp.capture.calls import expect, expect_none, is_as_expected
 from fxamp.capture.facts import UNTOLD, Facts
 from fxamp.capture.guards import guard_at
@@ -63,7 +64,8 @@ class DecidingTracer(fx.Tracer):
     @property
     def grad(self) -> tuple[()] | tuple[GradMode]:
         """The grad mode of the trace, if that was asked for."""
-        return (self._setting.grad,) if self._regions.asked else ()
+        told = self.facts is not None and self.facts.told_grads
+        return (self._setting.grad,) if self._regions.asked or told else ()
 
     def answers(self) -> dict[Callable[..., Any], Callable[..., Any]]:
         """What the model gets that asks torch for the grad mode, or switches autocast past its regions."""
@@ -158,6 +160,12 @@ class DecidingTracer(fx.Tracer):
 
     def _module_of(self, target: str) -> Any:
         raise NotImplementedError
+
+    def is_users(self, proxy: fx.Proxy) -> bool:
+        """Whether a value comes from code that is not torch's and is, for all that is known, no tensor."""
+        known = self.facts.kind(proxy.node) if self.facts is not None else None
+        tensor = torch.Tensor in (known, known_kind(proxy.node))
+        return not tensor and may_be_none(proxy.node, self._module_of)
 
     def settled(self, proxy: fx.Proxy) -> Any:
         """What Python gets where it needs the value of a traced number now; the graph checks that it stays so.

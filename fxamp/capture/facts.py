@@ -23,8 +23,9 @@ from torch.utils import _pytree as pytree
 from fxamp.capture.arguments import map_leaves
 from fxamp.capture.away import cast_all, prepared
 from fxamp.capture.builtins import plain_builtins
-from fxamp.capture.calls import MODE_CALLS, has_hooks
+from fxamp.capture.calls import MODE_CALLS, has_hooks, set_objects
 from fxamp.capture.clone import clone_tree
+from fxamp.capture.gradients import GradModes
 from fxamp.capture.regions import AutocastState, autocast_as, state_of
 from fxamp.capture.slices import UNTOLD
 from fxamp.dtypes import is_castable
@@ -83,12 +84,14 @@ class Facts:
         sizes: tell sizes too, and not only what follows from the number of dimensions.
         data: answer for what follows from the data of the examples, too.
         ambient: the device type and dtype of autocast around the model, if there is any.
+        grad: whether gradients are recorded around it; None: nobody is told what has some.
 
     Attributes:
         real: the examples as they are.
         tells_sizes, tells_data: as asked for.
         running: whether a call is being run right now.
         told_dtypes: whether anything was told that follows from the dtypes of values.
+        told_grads: whether anything was told that follows from the grad mode.
     """
 
     def __init__(
@@ -99,12 +102,14 @@ class Facts:
         sizes: bool,
         data: bool = False,
         ambient: tuple[str, torch.dtype] | None = None,
+        grad: bool | None = None,
     ) -> None:
+        self._grads = GradModes(grad)
         self.real, self.tells_sizes, self.tells_data = examples, sizes, data
         self._ambient = None if ambient is None else AutocastState(ambient[1], enabled=True)
         self._device_type = "cpu" if ambient is None else ambient[0]
         self._mode = fake_mode()
-        self.running = self.told_dtypes = False
+        self.running = self.told_dtypes = self.told_grads = False
         self._examples = iter([self._fake(example) for example in examples])
         self._attribute = attribute
         self._values: dict[fx.Node, Any] = {}
@@ -121,6 +126,7 @@ class Facts:
         """The value of a node that holds no tensor, or ``UNTOLD``; ``sizes``: also one that follows from sizes."""
         value = self._value(node)
         self.told_dtypes |= node in self._typed
+        self.told_grads |= self._grads.decide(node)
         sized = node in self._sized and not (sizes or self.tells_sizes)
         return UNTOLD if sized or isinstance(value, torch.Tensor | _CastableDtype) or has_unknown(value) else value
 
@@ -174,7 +180,12 @@ class Facts:
             return next(self._examples, UNTOLD)
         if node.op == "get_attr":
             return self._fake(self._attribute(str(node.target)))
+        for each in set_objects(node):
+            self._values[each] = UNTOLD  # it is not what the call gave any more
         name = str(node.args[1]) if node.target is getattr else node.target
+        self._grads.read(node)
+        if name == "requires_grad" and isinstance(value := self._values[node.args[0]], torch.Tensor):  # type: ignore[index]
+            return value.requires_grad if self._grads.tell(node) else UNTOLD
         if node.target in MODE_CALLS or name in _NOT_TOLD:
             return UNTOLD
         if any(self._values[source] is UNTOLD for source in node.all_input_nodes):
@@ -200,6 +211,7 @@ class Facts:
             if prepare is not None:
                 return self._called(node, lambda source: prepare(values[source]))
             with suppress(Exception), self._mode:  # fake tensors can be said to be on a GPU, and its autocast asked
+                self._grads.lose(node)
                 away = {source: moved(value, "cuda") for source, value in values.items()}
                 return moved(self._called(node, away.__getitem__, "cuda"), "cpu")
         self._doubtful.add(node)
@@ -219,6 +231,7 @@ class Facts:
     def _called(self, node: fx.Node, value_of: Callable[[fx.Node], Any], device: str = "") -> Any:
         args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, value_of)
         state = self._state(node)
+        self._grads.enter()
         with self._mode, autocast_as(self._device_type, state.dtype, enabled=state.enabled):
             if node.op == "call_module":
                 fake = (lambda value: moved(self._fake(value), device)) if device else self._fake

@@ -8,7 +8,7 @@ import re
 import traceback
 from collections.abc import Mapping
 from functools import partial
-from types import BuiltinFunctionType
+from types import BuiltinFunctionType, FrameType
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -17,9 +17,17 @@ from torch.fx.proxy import TraceError
 from fxamp.capture.source import is_users
 from fxamp.errors import CaptureError
 
-__all__ = ["Tried", "capture_error", "dynamo_error", "name_of", "untraceable_by"]
+__all__ = ["NotPutBack", "Tried", "capture_error", "dynamo_error", "name_of", "untraceable_by"]
 
 _TRANSFORMS = ("_functorch", "_higher_order_ops")
+
+
+class NotPutBack(TraceError):
+    """The trace did something in a frame that has not been undone by the end."""
+
+    def __init__(self, what: str, frame: FrameType | None) -> None:
+        super().__init__(what)
+        self.frame = (_owned(frame, ""), frame.f_code.co_filename, frame.f_lineno) if frame is not None else None
 
 
 class Tried(NamedTuple):
@@ -43,9 +51,11 @@ def capture_error(model: str, error: Exception, tried: Tried) -> CaptureError:
     every = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in every if is_users(frame.filename)]
     where, line = model, "forward"
-    if frames:
-        where = f"{_qualified(error, model)} ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})"
-        line = linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip().rstrip(":")
+    last = (_qualified(error, model), frames[-1].filename, frames[-1].lineno or 0) if frames else None
+    last = error.frame if isinstance(error, NotPutBack) else last
+    if last is not None:
+        where = f"{last[0]} ({os.path.basename(last[1])}:{last[2]})"
+        line = linecache.getline(last[1], last[2]).strip().rstrip(":")
     if any(os.path.join("torch", part) + os.sep in frame.filename for frame in every for part in _TRANSFORMS):
         what = f"`{line}` calls a function transform of torch's, which cannot be traced into"
     elif isinstance(error, TraceError) and str(error).startswith("branches"):
@@ -99,12 +109,17 @@ def _hint(error: Exception, tried: Tried) -> str:
 def _qualified(error: Exception, model: str) -> str:
     found, trace = model, error.__traceback__
     while trace is not None:
-        code = trace.tb_frame.f_code
-        if is_users(code.co_filename):
-            owner = trace.tb_frame.f_locals.get("self")
-            found = f"{type(owner).__name__}.{code.co_name}" if owner is not None else code.co_qualname
+        found = _owned(trace.tb_frame, found)
         trace = trace.tb_next
     return found
+
+
+def _owned(frame: FrameType, otherwise: str) -> str:
+    """The name of the user's function that runs in a frame."""
+    if not is_users(frame.f_code.co_filename):
+        return otherwise
+    owner = frame.f_locals.get("self")
+    return f"{type(owner).__name__}.{frame.f_code.co_name}" if owner is not None else frame.f_code.co_qualname
 
 
 def name_of(function: Any) -> str:

@@ -188,7 +188,8 @@ class Program(Traces):
         """
         if examples is None:
             return self._trace(layout, setting, lambda: None)
-        facts = partial(Facts, examples, self.attribute, data=data, ambient=setting.ambient)
+        grad = setting.grad.enabled and not setting.grad.inference
+        facts = partial(Facts, examples, self.attribute, data=data, ambient=setting.ambient, grad=grad)
         ways: dict[str, list[Callable[[], Traced]]] = {
             "torch.fx": [
                 lambda: self._trace(layout, setting, partial(facts, sizes=False)),

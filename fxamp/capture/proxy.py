@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.proxy import Attribute, TraceError
 
 from fxamp.capture.builtins import known_kind
+from fxamp.capture.calls import assign
 from fxamp.capture.packed import ORDERS, hands_on_at_once
 from fxamp.capture.source import user_frame
 
@@ -53,6 +54,9 @@ class _Recorded(fx.Proxy):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_is_param":
             raise TraceError("makes a parameter, which would be a new one at every call")
+        if name not in _OWN and not hasattr(torch.Tensor, name) and self.tracer.is_users(self):  # type: ignore[attr-defined]
+            self.tracer.create_proxy("call_function", assign, (self, name, value), {})
+            return
         if name not in _OWN:
             raise TraceError(f"sets the attribute '{name}' of a tensor")
         object.__setattr__(self, name, value)

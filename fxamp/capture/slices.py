@@ -25,7 +25,9 @@ from fxamp.policy.spellings import CAST_METHODS, aten_name
 __all__ = ["UNTOLD", "Slices"]
 
 UNTOLD: Final = object()
+_length = len  # while a model is traced, the builtin is another one
 _LIMITS: Final = {"data": 256, "shape": 64, "device": 256}  # steps; a longer way is not one that only decides
+_MOST: Final = 512  # questions; more of them are a loop that goes by its values
 _NEUTRAL: Final = frozenset({"fp32", "fp32_dtype", "promote"})  # rules that change nothing when all is float32
 
 
@@ -52,11 +54,15 @@ class Slices:
         self._device_type, self.of_one_autocast = device_type, False
         self._examples, self._tensor, self._module = iter(examples), tensor, module
         self._memory = Memory(tensor, module)
+        self._asked: set[fx.Node] = set()
         self._values: dict[Step, Any] = {}
         self._strict: set[Step] = set()  # what is the same value for these dtypes only
 
     def told(self, node: fx.Node, *, shapes: bool = True) -> Any:
         """The value of a node, or ``UNTOLD``; ``shapes``: also when shapes of computed tensors have to be followed."""
+        self._asked.add(node)
+        if _length(self._asked) > _MOST:
+            return UNTOLD
         self._memory.read(node.graph)
         steps = slice_of(Step(node, "data"))
         if not self._is_short(steps, shapes) or self._was_changed(steps):

@@ -128,8 +128,9 @@ def made(
         return value_of(before[0])
     by_node = {need.node: value_of(need) for need in before}
     args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, lambda source: by_node.get(source))
-    if what == "shape" and not any(need.what == "shape" for need in before) and known_kind(node) not in NUMBERS:
-        kwargs = {**kwargs, "device": "meta"} if node.op == "call_function" else kwargs
+    if what == "shape" and node.op == "call_function" and not any(need.what == "shape" for need in before):
+        made_here = aten_name(node.op, node.target, node.args, node.kwargs) is not None
+        kwargs = {**kwargs, "device": "meta"} if made_here and known_kind(node) not in NUMBERS else kwargs
     return call(node.op, node.target, args, kwargs)
 
 

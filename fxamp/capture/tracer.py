@@ -110,7 +110,7 @@ class AmpTracer(ReadingTracer):
         self._device_type = setting.ambient[0] if setting.ambient is not None else None
         self._entry = entry
         self._names: list[str] = []
-        self._attributes = Attributes(self._modules, modules, self._assign, self._was_sized, self._meet)
+        self._attributes = Attributes(self._modules, modules, self._assign, self._was_sized, self._meet, self._calls)
         self.root = root
 
     def run(self, names: list[str], *, numbers: bool = False, reads: bool = False) -> fx.Graph:
@@ -170,6 +170,7 @@ class AmpTracer(ReadingTracer):
         self._regions.check()
         if self._refused:
             raise TraceError(self._refused[-1])  # the model's own code caught it
+        self._attributes.check()
         self._returned = True
         return result
 
@@ -248,6 +249,7 @@ class AmpTracer(ReadingTracer):
                 drawn.check()
             if len(self._refused) > mark.refused:
                 raise TraceError(self._refused[-1])  # the model's own code caught it
+            self._attributes.check(mark.written)
         except Exception as error:
             if not path or isinstance(error, Switched):
                 raise
@@ -305,9 +307,13 @@ class AmpTracer(ReadingTracer):
         self._attributes.undo(mark.written)
         del self._refused[mark.refused :]
 
-    def _assign(self, module: nn.Module, name: str, value: fx.Proxy) -> None:
+    def _calls(self) -> int:
+        calls = (self._module_of(str(node.target)) for node in self.graph.find_nodes(op="call_module"))
+        return sum(not type(module).__module__.startswith("torch.nn.") for module in calls)
+
+    def _assign(self, module: nn.Module, name: str, value: Any) -> None:
         owner = self.create_node("get_attr", self._modules[id(module)] or THIS, (), {})
-        self.create_node("call_function", assign, (owner, name, value.node), {})
+        self.create_node("call_function", assign, (owner, name, self.create_arg(value)), {})
 
 
 def _nodes_of(arguments: Any) -> Any:

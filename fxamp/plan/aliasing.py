@@ -48,6 +48,10 @@ class Writes:
         if storage is not None:
             self._storages[node] = storage
 
+    def join(self, owner: fx.Node, parts: Iterable[fx.Node]) -> None:
+        """A value holds others from now on."""
+        self._sources[owner] = [*self._sources.get(owner, ()), *parts]
+
     def _places(self, node: fx.Node) -> tuple[set[object], set[object]]:
         """The places that a value sees, and those that are marked when it is written to."""
         seen: set[object] = set()

@@ -16,7 +16,7 @@ from torch._subclasses import fake_tensor
 from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
-from fxamp.capture.calls import MODE_CALLS
+from fxamp.capture.calls import MODE_CALLS, set_objects
 from fxamp.capture.facts import fake_mode, gpu_is_away, has_nested, has_unknown, moved, run_on_fakes, without_log
 from fxamp.capture.objects import Rebuilt
 from fxamp.capture.regions import autocast_as
@@ -91,6 +91,8 @@ class FakeObserver:
 
     def _found(self, node: fx.Node, decision: Decision) -> Any:
         """What a call gives, if there is something to tell."""
+        for each in set_objects(node):
+            self.forget(each)
         if node.target in MODE_CALLS:
             return None
         if any(self._values.get(source, _MISSING) is _MISSING for source in node.all_input_nodes):

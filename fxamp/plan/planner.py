@@ -128,6 +128,8 @@ class _Planner:
         for node in graph.nodes:
             if node.target is assign:
                 owner, name, value = node.args
+                if not isinstance(value, fx.Node) or owner.op != "get_attr":
+                    continue  # what the model puts back, or an object of its own
                 path = name if owner.target == THIS else f"{owner.target}.{name}"
                 if path in read and _dtype_of(self._flows[read[path]]) != _dtype_of(self._flows[value]):
                     yield path

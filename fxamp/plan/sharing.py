@@ -16,8 +16,8 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 
-from fxamp.capture import AutocastState
-from fxamp.capture.calls import enter_inference_mode, exit_inference_mode, has_hooks
+from fxamp.capture import AutocastState, assign
+from fxamp.capture.calls import enter_inference_mode, exit_inference_mode, has_hooks, set_objects
 from fxamp.dtypes import is_castable
 from fxamp.plan.aliasing import Writes, storage_of
 from fxamp.plan.calls import Call, argument_nodes
@@ -68,6 +68,8 @@ class Sharing:
         self._grad_modes += node.target in _SWITCHES
         hands_on = call.inplace or call.holds or call.aten in _MAY_RETURN_ITSELF
         self._writes.define(node, fresh=from_table or not (hands_on or _may_be_a_view(node, call)))
+        for owner in set_objects(node):
+            self._writes.join(owner, node.all_input_nodes)
         if not call.steering and (not call.aten or call.aten in _MAKES_LEAVES):
             self._may_be[node] = frozenset({node.name}) | self._handed_on(node, call)
         elif hands_on:
@@ -76,7 +78,7 @@ class Sharing:
             self._may_be[node] = frozenset()
         if call.writes:
             self._writes.write(call.writes)
-        for module in self._modules(node):
+        for module in self._modules(node) if node.target is not assign else ():
             self._writes.touch(storage_of(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
     def _handed_on(self, node: fx.Node, call: Call) -> frozenset[object]:
