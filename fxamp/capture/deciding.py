@@ -39,6 +39,7 @@ class DecidingTracer(fx.Tracer):
 
     Attributes:
         asked: what was asked of the model's own tensors: path and attribute, to the answer.
+        guessed: what example inputs should have told and did not.
 
     Args:
         facts: what example inputs tell.
@@ -50,6 +51,7 @@ class DecidingTracer(fx.Tracer):
         super().__init__(autowrap_modules=(math,))
         self.facts = facts
         self.asked: dict[tuple[str, str], Any] = {}
+        self.guessed = ""
         self._make_of_parameters = of_parameters
         self._of_parameters: Facts | None = None
         self._setting = setting
@@ -232,7 +234,10 @@ class DecidingTracer(fx.Tracer):
         frame = calling_frame(sys._getframe(1))
         if is_dropped(frame):
             return proxy
-        is_none = self.facts is not None and self.facts.kind(proxy.node) is type(None)
+        kind = self.facts.kind(proxy.node) if self.facts is not None else None
+        if self.facts is not None and kind is None:
+            self.guessed = self.guessed or f"{spelled_line(frame)} gets what may be None, which nothing tells"
+        is_none = kind is type(None)
         self._emit(expect_none, proxy, is_none, spelled_line(frame))
         return None if is_none else proxy
 

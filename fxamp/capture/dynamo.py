@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -46,6 +47,7 @@ _OPTIONS: Final = {
     "capture_scalar_outputs": True,
     "specialize_float": True,
     "specialize_int": True,
+    "trace_autograd_ops": True,
 }
 
 
@@ -163,7 +165,8 @@ class DynamoTracer(ReadingTracer):
         options: dict[str, Any] = {
             name: value for name, value in _OPTIONS.items() if hasattr(torch._dynamo.config, name)
         }
-        with torch._dynamo.config.patch(options), _autocast(self._ambient), without_log():
+        with torch._dynamo.config.patch(options), _autocast(self._ambient), without_log(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a capture warns about is no news of the model's
             result = compiled(call, *arguments)
         self._kept = graphs  # what is in it lives as long as it
         return result, graphs[0].graph if graphs else None

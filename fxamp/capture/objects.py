@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensor
 from torch.fx.node import base_types
 from torch.fx.proxy import TraceError
 
@@ -98,7 +99,7 @@ def refuse_what_is_traced(value: Any) -> None:
     if isinstance(value, Iterator):
         raise TraceError(f"hands on {describe(value)}, which can be used up only once")
     for _, part in reachable({"": value}, variables_of_modules=False):
-        if isinstance(part, fx.Proxy | nn.Module):
+        if isinstance(part, fx.Proxy | FakeTensor | nn.Module):  # a fake one stands for a value, too
             what = "a module" if isinstance(part, nn.Module) else "traced values"
             raise TraceError(f"hands on {describe(value)}, which uses {what} in a way that a graph cannot")
 

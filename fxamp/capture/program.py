@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,8 @@ from fxamp.capture.patches import mode_of, switches_plainly
 from fxamp.capture.paths import free_name, paths_of
 from fxamp.capture.setting import Setting, Traced
 from fxamp.capture.signature import CallSignature, Layout
+from fxamp.capture.state import kept_objects
+from fxamp.capture.surroundings import StateChangedError, modes
 from fxamp.capture.tracer import THIS, WHOLE
 from fxamp.capture.traces import Traces
 from fxamp.errors import CaptureError
@@ -51,7 +53,7 @@ class Program(Traces):
         CaptureError: when a signature cannot be read.
     """
 
-    frontends = ("torch.fx", "Dynamo")  # in the order in which they are tried
+    frontends = ("torch.fx", "Dynamo")
 
     def __init__(self, model: Callable[..., Any], loss: Callable[..., Any] | None = None) -> None:
         self.name = name_of(model)
@@ -152,6 +154,10 @@ class Program(Traces):
                     module.train(mode == "train")
         return {path: mode_of(module) for path, module in paths_of(tree, loss_tree, self.loss_path).items()}
 
+    def in_mode(self, training: Mapping[str, bool]) -> AbstractContextManager[None]:
+        """Its modules with these flags; they get theirs back."""
+        return modes(paths_of(self.tree, self.loss_tree, self.loss_path), training)
+
     def become(self, clone: Callable[[Any], Any]) -> None:
         """Goes over to what ``clone`` makes of its modules."""
         self.tree, self.loss_tree, self._top = clone(self.tree), clone(self.loss_tree), clone(self._top)
@@ -186,31 +192,63 @@ class Program(Traces):
         Raises:
             CaptureError: when the model's or the loss's own code cannot be traced, with the user's line.
         """
-        if examples is None:
-            return self._trace(layout, setting, lambda: None)
+        modules = (*self.whole.modules(), *self._holder.modules())
+        with kept_objects(modules), self.in_mode(setting.training):
+            if examples is None:
+                return _settled(lambda: self._trace(layout, setting, lambda: None))
+            return self._by_frontends(layout, setting, examples, data=data)
+
+    def _by_frontends(self, layout: Layout, setting: Setting, examples: list[Any], *, data: bool) -> Traced:
         grad = setting.grad.enabled and not setting.grad.inference
         facts = partial(Facts, examples, self.attribute, data=data, ambient=setting.ambient, grad=grad)
-        ways: dict[str, list[Callable[[], Traced]]] = {
-            "torch.fx": [
-                lambda: self._trace(layout, setting, partial(facts, sizes=False)),
-                lambda: self._trace(layout, setting, partial(facts, sizes=True)),
-            ],
-            "Dynamo": [
-                lambda: self._trace_whole(layout, setting, examples, dynamic=True),
-                lambda: self._trace_whole(layout, setting, examples, dynamic=False),
-            ],
-        }
+
+        def by_torch_fx(**how: bool) -> Callable[[], Traced]:
+            return lambda: self._trace(layout, setting, partial(facts, **how))
+
+        def by_dynamo(*, dynamic: bool) -> Callable[[], Traced]:
+            return lambda: self._trace_whole(layout, setting, examples, dynamic=dynamic)
+
+        attempts: tuple[tuple[str, Callable[[], Traced]], ...] = (
+            ("torch.fx", by_torch_fx(sizes=False)),
+            ("torch.fx", by_torch_fx(sizes=True)),
+            ("Dynamo", by_dynamo(dynamic=True)),
+            ("Dynamo", by_dynamo(dynamic=False)),
+        )
         failed: dict[str, CaptureError] = {}
-        for frontend in self.frontends:
-            for attempt in ways[frontend]:
-                try:
-                    found = attempt()
-                except CaptureError as error:
-                    failed[frontend] = error
-                else:
-                    failed.pop(frontend, None)
-                    return replace(found, failed={name: error.message for name, error in failed.items()})
+        guessed: Traced | None = None
+        for frontend, attempt in attempts:
+            if frontend not in self.frontends:
+                continue
+            try:
+                found = _settled(attempt)
+            except CaptureError as error:
+                failed[frontend] = error
+                continue
+            if not found.guessed:
+                failed.pop(frontend, None)
+                return replace(found, failed={name: error.message for name, error in failed.items()})
+            guessed = guessed or found  # to be taken if Dynamo, which would know, does not take the model
+            failed[frontend] = CaptureError(f"cannot trace {self.name} for sure: {found.guessed}")
+        if guessed is not None:
+            return replace(guessed, failed={name: error.message for name, error in failed.items() if name == "Dynamo"})
         raise untraceable_by(failed)
+
+
+def _settled(attempt: Callable[[], Traced]) -> Traced:
+    """A trace; what it changes in Python may only be what its second run finds, and goes the same way with.
+
+    transformers sets ``config.problem_type`` at the first call with labels, for one.
+    """
+    try:
+        return attempt()
+    except CaptureError as error:
+        changed = error.__cause__
+        if not isinstance(changed, StateChangedError):
+            raise
+        found = attempt()
+        if str(found.graph) != changed.graph:
+            raise
+        return found
 
 
 def _picklable(function: Any) -> Any:

@@ -54,6 +54,7 @@ class Traced:
             that made no difference.
         grad: the grad mode that it was traced for, in a tuple; empty when the model did not ask.
         tensors: what the model asked of its own parameters and buffers: path and attribute, to the answer.
+        guessed: what was not known while it was traced; the graph checks it.
         frontend: what captured it.
         failed: the frontends that were tried before, with the reason of each.
         fits: the inputs that it is for, when it was captured for such.
@@ -68,6 +69,7 @@ class Traced:
     ambient: tuple[()] | tuple[Ambient] = ()
     grad: tuple[()] | tuple[GradMode] = ()
     tensors: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    guessed: str = ""
     frontend: str = "torch.fx"
     failed: Mapping[str, str] = field(default_factory=dict)
     fits: Fits | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import CellType, FunctionType
 from typing import Any, Final
 
@@ -12,7 +14,7 @@ from torch import nn
 
 from fxamp.capture.clone import draws
 
-__all__ = ["python_state"]
+__all__ = ["kept_objects", "python_state"]
 
 
 def python_state(module: nn.Module) -> dict[str, Any]:
@@ -42,6 +44,20 @@ class _Itself:
         return isinstance(other, _Itself) and self.value is other.value
 
     __hash__ = object.__hash__
+
+
+@contextmanager
+def kept_objects(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Gives the objects of the user's own that modules keep, such as a config, their attributes back afterwards."""
+    found = {id(value): value for module in modules for value in module.__dict__.values() if _is_plain(value)}
+    before = [(value, dict(value.__dict__)) for value in found.values()]
+    try:
+        yield
+    finally:
+        for value, attributes in before:
+            if value.__dict__ != attributes:
+                value.__dict__.clear()
+                value.__dict__.update(attributes)
 
 
 def _is_plain(value: Any) -> bool:

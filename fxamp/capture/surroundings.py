@@ -19,7 +19,7 @@ from fxamp.capture.regions import autocast_as, is_device_type
 from fxamp.capture.setting import Ambient
 from fxamp.capture.state import python_state
 
-__all__ = ["autocast_answers", "changed_modules", "check_root", "modes", "put_back"]
+__all__ = ["StateChangedError", "autocast_answers", "changed_modules", "check_root", "modes", "put_back"]
 
 _QUESTIONS: Final = tuple(
     name
@@ -112,9 +112,17 @@ def _is_settled(module: nn.Module, name: str) -> bool:
     return cached and not any(isinstance(leaf, fx.Proxy | torch.Tensor) for leaf in leaves)
 
 
-def check_root(changed: Mapping[str, str], drawn: torch.Tensor) -> None:
+class StateChangedError(TraceError):
+    """The model itself changed its state; ``graph`` is what was traced all the same."""
+
+    def __init__(self, what: str, graph: str) -> None:
+        super().__init__(what)
+        self.graph = graph
+
+
+def check_root(changed: Mapping[str, str], drawn: torch.Tensor, graph: fx.Graph) -> None:
     """Raises TraceError when the model itself changed its state, or torch's random numbers were drawn."""
     if "" in changed:
-        raise TraceError(changed[""])
+        raise StateChangedError(changed[""], str(graph))
     if not torch.equal(torch.get_rng_state(), drawn):
         raise TraceError("draws random numbers on its own, which a graph would freeze")

@@ -34,6 +34,7 @@ from fxamp.capture.packed import packed_like_its_input, packed_sequences
 from fxamp.capture.patches import (
     autograd_functions,
     compiled_functions,
+    mode_of,
     random_calls,
     refusals,
     tensor_calls,
@@ -144,7 +145,7 @@ class AmpTracer(ReadingTracer):
     ) -> Traced:
         """The graph that ``run`` gave, with what it is good for."""
         readers = self._attributes.mode_readers
-        traced = Traced(graph, layout, self.untraceable, readers, ambient, self.grad, self.asked)
+        traced = Traced(graph, layout, self.untraceable, readers, ambient, self.grad, self.asked, guessed=self.guessed)
         return traced if given is None or not traced.questions else replace(traced, given=tuple(map(kept, given)))
 
     @property
@@ -279,7 +280,10 @@ class AmpTracer(ReadingTracer):
         try:
             proxy = super().create_proxy("call_module", path, args, kwargs)
             proxy.node.meta["untraceable"] = self.untraceable.get(path, "")
-            return self._handed_out(proxy) if may_be_none(proxy.node, self._module_of) else proxy
+            if not may_be_none(proxy.node, self._module_of):
+                return proxy
+            self._attributes.mode_readers[path] = mode_of(m)  # what it gives may follow from its mode
+            return self._handed_out(proxy)
         finally:
             self.scope.module_path, self.scope.module_type = outer
 

@@ -229,7 +229,7 @@ class Traces:
                 if left := outside.restore():
                     raise TraceError(left)
                 changed = changed_modules(originals, state[1]) | changed_modules(modules, state[0])
-                check_root(changed, drawn)
+                check_root(changed, drawn, graph)
             except Exception as error:
                 blind = tracer.keeps_traced and not reads
                 raise (_ReadsCount() if blind else capture_error(self.name, error, self._tried(facts))) from error

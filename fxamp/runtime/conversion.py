@@ -161,7 +161,7 @@ class Conversion:
         return self._planned(mode, traced, examples)
 
     def _planned(self, mode: str, traced: Traced, examples: list[Any] | None) -> Variant:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), self.program.in_mode(self.program.flags(mode)):
             observed = examples if traced.fits is None else None
             plan = self.stages.plan(self.program, traced, self.policy, mode, examples)
             return Variant.of(self.program, traced, plan, self.stages.rewrite(traced, plan), observed)

@@ -159,6 +159,7 @@ def _results(
             np.random.seed(seed)  # transformers draws the masks of speech from it
             with quiet():
                 output, gradients = run(model, given.args, given.kwargs, context(), seed)
+            gradients = {key.removeprefix("_orig_mod."): gradient for key, gradient in gradients.items()}
             gradients |= {key: parameter.grad for key, parameter in owner.named_parameters()}
             buffers = {key: buffer.clone() for key, buffer in owner.named_buffers()}
             yield (training, name), Result(output, gradients, buffers)
