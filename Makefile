@@ -24,10 +24,10 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not third_party"
 
 slow: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n 2 -m slow
+	$(BIN)/python -m pytest -q -n 2 -m "slow and not third_party"
 
 third-party: $(VENV)/.third-party
 	$(BIN)/python -m pytest -q tests/third_party

@@ -21,7 +21,7 @@ def main() -> None:
     asked = parser.parse_args()
     rows = []
     for row in measure((name for name in CASES if re.search(asked.filter, name)), asked.frontend):
-        print(f"{row.model}: {row.taken}", file=sys.stderr, flush=True)
+        print(*row, sep=" | ", file=sys.stderr, flush=True)  # the whole text of an error, and at once
         rows.append(row)
     print(report(rows))
 

@@ -17,6 +17,7 @@ import torch
 from tabulate import tabulate
 from torch import fx, nn
 
+import fxamp
 from tests.helpers import quiet
 from tests.third_party import CASES
 from tests.third_party.case import Call, load
@@ -35,6 +36,7 @@ class Row(NamedTuple):
     equal: str = ""
     nodes: int | None = None
     opaque: float | None = None
+    weights: float | None = None
     seconds: float | None = None
     capture: float | None = None
     ratio: float | None = None
@@ -55,13 +57,15 @@ def report(rows: list[Row]) -> str:
     taken = [row for row in rows if row.taken == "yes"]
     equal = sum(row.equal == "yes" for row in taken)
     lines = [f"{len(rows)} models: {len(taken)} taken, {equal} of them equal to eager autocast bit by bit"]
+    seen = sum(row.weights == 0 for row in taken)
+    lines.append(f"{seen} of those taken have no weights inside an opaque module")
     ratios = [row.ratio for row in taken if row.ratio is not None]
     if ratios:
         lines.append(f"conversion: {statistics.median(ratios):.2f} times the bare capture (median of {len(ratios)})")
     return "\n\n".join([table, *lines])
 
 
-_HEADERS = ["model", "taken", "equal", "nodes", "opaque %", "seconds", "capture", "ratio"]
+_HEADERS = ["model", "taken", "equal", "nodes", "opaque %", "weights %", "seconds", "capture", "ratio"]
 
 
 def _row(name: str, frontend: str) -> Row:
@@ -80,18 +84,32 @@ def _row(name: str, frontend: str) -> Row:
         return Row(name, _line(error), seconds=time.perf_counter() - start)
     capture = _seconds_of_capture(answers)
     ratio = seconds / capture if capture else None
-    return Row(name, "yes", difference or "yes", *_seen(converted), seconds, capture, ratio)
+    return Row(name, "yes", difference or "yes", *_seen(converted, answers.model), seconds, capture, ratio)
 
 
-def _seen(converted: Callable[..., Any]) -> tuple[int | None, float | None]:
-    """The nodes of the graph, and how many per cent of its operations are opaque."""
-    import fxamp
+def _seen(converted: Callable[..., Any], model: nn.Module) -> tuple[int | None, float | None, float | None]:
+    """The nodes of the graph, how many per cent of its operations are opaque, and of the weights are in such modules.
 
+    One opaque node may be the whole network: the weights tell.
+    """
     if not isinstance(converted, fxamp.AmpModule):
-        return None, None
-    totals = fxamp.inspect(converted).report().totals
-    operations = sum(totals[rule] for rule in ("lower", "fp32", "promote", "follow", "opaque"))
-    return totals["nodes"], 100 * totals["opaque"] / max(operations, 1)
+        return None, None, None
+    report = fxamp.inspect(converted).report()
+    operations = sum(report.totals[rule] for rule in ("lower", "fp32", "promote", "follow", "opaque"))
+    modules = dict(model.named_modules())
+    whole = [
+        modules.get(node["module"]) for node in report.nodes if node["rule"] == "opaque" and _is_call(node, modules)
+    ]
+    inside = {id(weight): weight.numel() for module in whole if module is not None for weight in module.parameters()}
+    weights = sum(weight.numel() for weight in model.parameters())
+    opaque = 100 * report.totals["opaque"] / max(operations, 1)
+    return report.totals["nodes"], opaque, 100 * sum(inside.values()) / max(weights, 1)
+
+
+def _is_call(node: dict[str, Any], modules: dict[str, nn.Module]) -> bool:
+    """Whether a row of the report is the call of a module, and not an operation inside one."""
+    path = node["module"]
+    return path in modules and node["op"] == type(modules[path]).__name__
 
 
 def _seconds_of_capture(answers: Expected) -> float | None:

@@ -24,7 +24,7 @@ def rows() -> list[Any]:
     for name, case in CASES.items():
         package = name.partition("/")[0]
         missing = importlib.util.find_spec(package) is None
-        marks = [pytest.mark.skipif(missing, reason=f"needs {package}: make third-party")]
+        marks = [pytest.mark.third_party, pytest.mark.skipif(missing, reason=f"needs {package}: make third-party")]
         found.append(pytest.param(name, marks=[*marks, pytest.mark.slow] if case.slow else marks, id=name))
     return found
 
@@ -66,7 +66,7 @@ def test_equal_models_have_no_difference(small: Case) -> None:
 def test_another_precision_is_a_difference(small: Case) -> None:
     answers = expected(small)
     amp = fxamp.convert(answers.model, policy="full")
-    assert "output.y: bits differ" in str(check(answers, amp, amp))
+    assert "output.y: dtype torch.float32, expected torch.bfloat16" in str(check(answers, amp, amp))
 
 
 class Pair(NamedTuple):
