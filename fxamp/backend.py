@@ -20,6 +20,7 @@ from fxamp.compiling.surrounding import backend_of, surround_calls
 from fxamp.dtypes import check_low_dtype
 from fxamp.errors import FxampError, PolicyError, describe, nearest
 from fxamp.insight import Report, report_of
+from fxamp.plan.trials import AutocastFailsError
 from fxamp.policy import DEVICE_TYPES, Policy
 
 __all__ = ["Backend", "backend", "for_name", "hand_on_calls", "reports"]
@@ -72,7 +73,10 @@ class Backend:
         policy = self.policy.resolved(self.device_type or device_type_of(example_inputs), self.dtype)
         if policy.name == "full":
             return run_by(gm, example_inputs)
-        plan, graph = converted(gm, example_inputs, policy, eager=self.inner == "eager")
+        try:
+            plan, graph = converted(gm, example_inputs, policy, eager=self.inner == "eager")
+        except AutocastFailsError:
+            return without_autocast(run_by(gm, example_inputs), str(policy.device_type))  # as it is, it may run
         self.made.append(report_of(f"{title_of(gm)}, graph {len(self.made)}", plan, graph, "Dynamo"))
         return without_autocast(run_by(module_of(gm, graph), example_inputs), str(policy.device_type))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from fxamp.capture import Layout, Program, Traced
 from fxamp.capture.clone import is_compiled
 from fxamp.capture.facts import gpu_is_away
 from fxamp.dtypes import check_low_dtype
-from fxamp.errors import CaptureError, PolicyError, describe, nearest
+from fxamp.errors import CaptureError, FxampError, PolicyError, describe, nearest
 from fxamp.insight import report_of
 from fxamp.plan import PrecisionPlan, make_plan
 from fxamp.plan.observer import FakeObserver
 from fxamp.plan.recorded import RecordedObserver
+from fxamp.plan.trials import AutocastFailsError
 from fxamp.policy import DEVICE_TYPES, Policy, Ruling
 from fxamp.rewrite import fold_weight_casts, insert_casts, verify
 from fxamp.runtime import AmpModule, Asked, Conversion, Stages
@@ -71,8 +73,23 @@ def convert(
     _check_initialised(model)
     program = Program(model, loss)
     layout, examples = _example_layout(program, example_inputs)
-    conversion = Conversion.start(program, asked, _STAGES, layout, examples)
-    return AmpModule(conversion)
+    try:
+        return AmpModule(Conversion.start(program, asked, _STAGES, layout, examples))
+    except AutocastFailsError as error:
+        return AmpModule(_without_casts(Program(model, loss), asked, layout, examples, error))
+
+
+def _without_casts(
+    program: Program, asked: Asked, layout: Layout | None, examples: list[Any] | None, error: AutocastFailsError
+) -> Conversion:
+    """A model that runs as it is, and fails under autocast: it is converted as it is, and the report says why."""
+    full = Policy("full", asked.policy.device_type, asked.policy.dtype)
+    try:
+        conversion = Conversion.start(program, replace(asked, policy=full), _STAGES, layout, examples)
+    except FxampError:
+        raise error from None
+    conversion.note = f"no casts, as autocast cannot run this model: {error.message}"
+    return conversion
 
 
 def _plan(program: Program, traced: Traced, policy: Policy, mode: str, examples: list[Any] | None) -> PrecisionPlan:

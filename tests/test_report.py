@@ -176,7 +176,7 @@ def test_the_data_has_the_promised_form(name: str, device_type: str, examples: b
     data = found.to_dict()
     assert json.loads(json.dumps(data)) == data
     assert list(data) == [
-        "policy", "device_type", "dtype", "mode", "frontend", "failed_frontends", "nodes", "totals",
+        "policy", "device_type", "dtype", "mode", "frontend", "failed_frontends", "note", "nodes", "totals",
     ]  # fmt: skip
     assert (data["policy"], data["device_type"], data["dtype"], data["mode"]) == (
         "autocast",

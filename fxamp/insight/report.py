@@ -51,6 +51,7 @@ class Report:
     totals: dict[str, int]
     frontend: str = "torch.fx"
     failed: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data; the schema is part of the public API."""
@@ -61,6 +62,7 @@ class Report:
             "mode": self.mode,
             "frontend": self.frontend,
             "failed_frontends": dict(self.failed),
+            "note": self.note,
             "nodes": [dict(node) for node in self.nodes],
             "totals": dict(self.totals),
         }
@@ -95,6 +97,7 @@ class Report:
         for frontend, reason in self.failed.items():
             title += f"\ncaptured by {self.frontend}, as {frontend} could not: {reason}"
         totals = f"ops: {counts or 'none'}     casts: {casts}     dtype unknown: {values}"
+        title += f"\n{self.note}" if self.note else ""
         return f"{title}\n\n{self.table()}\n\n{totals}"
 
 
@@ -104,6 +107,7 @@ def report_of(
     graph: fx.Graph,
     frontend: str = "torch.fx",
     failed: Mapping[str, str] = MappingProxyType({}),
+    note: str = "",
 ) -> Report:
     """The report of one planned and rewritten graph.
 
@@ -113,6 +117,7 @@ def report_of(
         graph: the rewritten graph; the casts are counted in it.
         frontend: what captured it.
         failed: what could not, with the reason.
+        note: a line for the title.
     """
     policy = plan.policy
     assert policy.device_type is not None

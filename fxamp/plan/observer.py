@@ -21,10 +21,10 @@ from fxamp.capture.facts import fake_mode, gpu_is_away, has_nested, has_unknown,
 from fxamp.capture.objects import Rebuilt
 from fxamp.capture.regions import autocast_as
 from fxamp.dtypes import is_castable
-from fxamp.errors import CaptureError
 from fxamp.plan.alike import Unlike, call_key, keeps_shapes, tensor_key
 from fxamp.plan.decision import Decision
 from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, of_object
+from fxamp.plan.trials import AutocastFailsError, called, check_numbers
 from fxamp.policy.composites import UNDER_AUTOCAST
 
 __all__ = ["FakeObserver"]
@@ -94,6 +94,7 @@ class FakeObserver:
         for each in set_objects(node):
             self.forget(each)
         if node.target in MODE_CALLS:
+            self._check_assert(node, decision)
             return None
         if any(self._values.get(source, _MISSING) is _MISSING for source in node.all_input_nodes):
             return _MISSING
@@ -102,6 +103,15 @@ class FakeObserver:
         return self._once(
             lambda: call_key(node, decision, self._values, self._attribute), lambda: self._run(node, decision)
         )
+
+    def _check_assert(self, node: fx.Node, decision: Decision) -> None:
+        """What the model requires of dtypes does not hold for those of autocast, as it does not in eager torch."""
+        asked: Any = node.args[0] if node.target is torch._assert else None
+        if isinstance(asked, fx.Node) and self._values.get(asked) is False:
+            raise AutocastFailsError(
+                f"{decision.source}: {node.args[1]}, which autocast makes false",
+                hint="give inputs with which the model itself runs",
+            )
 
     def _once(self, key: Callable[[], Hashable], make: Callable[[], Any]) -> Any:
         """What is made, or what was made for the same key."""
@@ -135,6 +145,8 @@ class FakeObserver:
 
         try:
             args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, argument)
+            if node.op != "call_module" and decision.how == "call":
+                check_numbers(node, decision, args, kwargs)
             # Without a GPU the autocast of one is asked all the same, by fake tensors that are said to be there.
             away = decision.how == "ambient" and gpu_is_away(self._device_type)
             with self._mode, torch.no_grad(), _autocast(decision, self._device_type), _quietly():
@@ -142,6 +154,8 @@ class FakeObserver:
                     args, kwargs = moved((args, kwargs), "cuda")
                 result = self._called(node, decision, args, kwargs, "cuda" if away else "")
                 return moved(result, "cpu") if away else result
+        except AutocastFailsError:
+            raise
         except _NOT_FAKEABLE:
             return _MISSING  # the rules tell what they can
         except Exception as error:
@@ -152,7 +166,7 @@ class FakeObserver:
 
     def _called(self, node: fx.Node, decision: Decision, args: Any, kwargs: Any, device: str) -> Any:
         if node.op != "call_module":
-            return _call(node, decision, args, kwargs)
+            return called(node, decision, args, kwargs)
 
         def fake(value: Any) -> Any:
             return moved(self._fake(value), device) if device else self._fake(value)
@@ -160,23 +174,14 @@ class FakeObserver:
         return run_on_fakes(self._attribute(str(node.target)), args, kwargs, fake)
 
 
-def _does_not_fit(decision: Decision, error: Exception) -> CaptureError:
+def _does_not_fit(decision: Decision, error: Exception) -> AutocastFailsError:
     where = f" in module '{decision.module}'" if decision.module else ""
     reason = str(error).strip().splitlines()
-    return CaptureError(
+    return AutocastFailsError(
         f"example_inputs do not fit the model: {decision.op} (node '{decision.name}'{where}, {decision.source}) "
         f"fails with: {reason[0] if reason else type(error).__name__}",
         hint="give inputs with which the model itself runs",
     )
-
-
-def _call(node: fx.Node, decision: Decision, args: Any, kwargs: Any) -> Any:
-    if decision.how in ("dtype", "dtype if castable"):
-        kwargs = {**kwargs, "dtype": torch.float32}
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
 
 
 @contextmanager

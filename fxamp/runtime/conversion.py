@@ -46,6 +46,7 @@ class Conversion:
         dtypes: those of the parameters and buffers when the graphs were planned.
         refused: layouts whose numbers have to be baked in.
         written: how often the parameters had been written to at the last call that looked.
+        note: what the report has to say beside the decisions.
         frozen: None, or what ``freeze`` told when the weights were stored in the low dtype.
     """
 
@@ -65,6 +66,7 @@ class Conversion:
     refused: list[Layout] = field(default_factory=list)
     written: int = -1
     frozen: dict[str, tuple[str, torch.dtype]] | None = None
+    note: str = ""
 
     @staticmethod
     def start(
@@ -310,7 +312,19 @@ class Conversion:
             (mode, replace(v.traced, graph=pack(v.traced.graph), given=None), v.plan, pack(v.graph), v.observed)
             for mode, v in self.variants
         ]
-        names = ("program", "asked", "stages", "policy", "mode", "layout", "by_example", "scaler", "dtypes", "frozen")
+        names = (
+            "program",
+            "asked",
+            "stages",
+            "policy",
+            "mode",
+            "layout",
+            "by_example",
+            "scaler",
+            "dtypes",
+            "frozen",
+            "note",
+        )
         return {"variants": variants, **{name: getattr(self, name) for name in names}}
 
     @staticmethod

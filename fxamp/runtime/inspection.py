@@ -56,7 +56,8 @@ class Inspection:
         """The decisions as a ``fxamp.Report``."""
         variant = self._conversion.base
         traced, name = variant.traced, self._conversion.program.name
-        return self._conversion.stages.report(name, variant.plan, variant.graph, traced.frontend, traced.failed)
+        report, note = self._conversion.stages.report, self._conversion.note
+        return report(name, variant.plan, variant.graph, traced.frontend, traced.failed, note)
 
     def replan(self, policy: str | Policy) -> AmpModule:
         """A new module under another policy."""
