@@ -81,9 +81,8 @@ class Traced:
 
     def goes_this_way(self, values: Sequence[Any], attribute: Callable[[str], Any]) -> bool:
         """Whether a call with these values of the placeholders goes the way of this graph."""
-        return not self.questions or self.questions.are_answered_so(
-            values, list(map(attribute, self.questions.tensors))
-        )
+        readers = [functools.partial(attribute, path) for path in self.questions.tensors]
+        return self.questions.are_answered_so(values, readers)
 
 
 def kept(value: Any) -> Any:
