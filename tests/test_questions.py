@@ -318,6 +318,22 @@ class TestCopies:
         for x in (X.bfloat16(), -X.bfloat16(), X):
             same(model, amp, x, FULL)
 
+    def test_followed_after_it_was_moved(self) -> None:
+        model = Asking(of_a_mask)
+        amp = fxamp.convert(copy.deepcopy(model), dtype=BF16, example_inputs=(X, FULL)).bfloat16()
+        model.bfloat16()
+        for owner in (amp.get_submodule("fc"), model.fc):
+            owner.register_forward_hook(lambda module, args, output: output * 2)
+        for mask in (PADDED, FULL):
+            same(model, amp, X.bfloat16(), mask)
+
+    def test_inside_a_region_of_the_callers(self) -> None:
+        model = Asking(of_floats)
+        amp = fxamp.convert(model, dtype=BF16, example_inputs=(X, FULL))
+        with torch.autocast("cpu", BF16):
+            for x in (X, -X):
+                assert_same(amp(x, FULL), model(x, FULL))
+
 
 class Lengths(nn.Module):
     def __init__(self) -> None:

@@ -8,6 +8,7 @@ shapes of the arguments alone is found out once for these shapes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -84,8 +85,11 @@ class _Part:
     def fits(self, values: Sequence[Any], readers: Sequence[Callable[[], Any]]) -> bool:
         if self._ask is None:
             return True
+        # As in the graph, no autocast of the caller's has a part in it; compiled code is asked of shapes only.
+        compiling = torch.compiler.is_compiling()
+        context: AbstractContextManager[Any] = nullcontext() if compiling else torch._C._DisableAutocast()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), context:
                 found = self._ask(None, *values, *[read() for read in readers])
         except Exception:  # it is another kind of argument, of which not even this can be asked
             return False
@@ -97,7 +101,7 @@ def _is_data(step: Step) -> bool:
 
 
 def _key(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not value.is_nested:
         strides = value.stride() if value.layout == torch.strided else ()
         return value.shape, strides, value.dtype, value.device, value.layout
     return type(value)
