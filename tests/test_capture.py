@@ -452,3 +452,19 @@ def test_the_seed_cases() -> None:
     found = amp(*tensors)
     assert_same(found, expected)
     assert [t.dtype for t in found] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16]
+
+
+def default(value: Any, otherwise: Any) -> Any:
+    """An idiom of many models."""
+    return value if value is not None else otherwise() if callable(otherwise) else otherwise
+
+
+def asks_what_can_be_called(m: Any, x: Tensor) -> Tensor:
+    y: Tensor = default(None, m.fc(x)) + default(None, lambda: x) + default(None, m.fc.weight)
+    assert not callable(x.shape[0])
+    return y * 2 if callable(y.view) and callable(m.fc) else y
+
+
+@pytest.mark.parametrize("examples", [False, True])
+def test_a_traced_value_cannot_be_called(examples: bool) -> None:
+    check_against_autocast(Net(asks_what_can_be_called), torch.randn(4, 4), examples=examples)

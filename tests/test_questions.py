@@ -29,10 +29,9 @@ def variants(amp: fxamp.AmpModule) -> int:
 
 def asked(amp: fxamp.AmpModule) -> list[str]:
     """The calls that are made ahead of a call of the graph that is shown."""
-    traced = amp._conversion.base.traced
-    return (
-        [node.name for node in traced.questions.graph.nodes if node.op.startswith("call")] if traced.questions else []
-    )
+    questions = amp._conversion.base.traced.questions
+    parts = (questions.of_data, questions.of_shapes)
+    return [node.name for part in parts for node in part.graph.nodes if node.op.startswith("call")]
 
 
 def same(model: nn.Module, amp: fxamp.AmpModule, *args: Any) -> None:
@@ -319,6 +318,22 @@ class TestCopies:
         for x in (X.bfloat16(), -X.bfloat16(), X):
             same(model, amp, x, FULL)
 
+    def test_followed_after_it_was_moved(self) -> None:
+        model = Asking(of_a_mask)
+        amp = fxamp.convert(copy.deepcopy(model), dtype=BF16, example_inputs=(X, FULL)).bfloat16()
+        model.bfloat16()
+        for owner in (amp.get_submodule("fc"), model.fc):
+            owner.register_forward_hook(lambda module, args, output: output * 2)
+        for mask in (PADDED, FULL):
+            same(model, amp, X.bfloat16(), mask)
+
+    def test_inside_a_region_of_the_callers(self) -> None:
+        model = Asking(of_floats)
+        amp = fxamp.convert(model, dtype=BF16, example_inputs=(X, FULL))
+        with torch.autocast("cpu", BF16):
+            for x in (X, -X):
+                assert_same(amp(x, FULL), model(x, FULL))
+
 
 class Lengths(nn.Module):
     def __init__(self) -> None:
@@ -383,7 +398,7 @@ def test_a_slice_is_no_longer_than_a_decision() -> None:
 
 def test_the_questions_of_a_graph_are_a_graph() -> None:
     amp = fxamp.convert(Asking(of_an_element), dtype=BF16, example_inputs=(X, FULL))
-    graph: fx.Graph = amp._conversion.base.traced.questions.graph
+    graph: fx.Graph = amp._conversion.base.traced.questions.of_data.graph
     graph.lint()
     assert [node.target for node in graph.nodes if node.op == "placeholder"] == ["input_0", "input_1"]
 

@@ -77,7 +77,16 @@ def _hasattr(value: Any, name: str) -> bool:
     return _plain_hasattr(_known_kind(value), name)
 
 
-_plain_hasattr = builtins.hasattr
+def _callable(value: Any) -> bool:
+    if not _plain_isinstance(value, fx.Proxy) or not _asked_by_user():
+        return _plain_callable(value)
+    if value.__dict__.get("_tensor") is not None:
+        return False  # though a proxy is
+    method = _plain_isinstance(value, fx.proxy.Attribute) and value._node is None
+    return method or any("__call__" in vars(kind) for kind in _known_kind(value).__mro__)
+
+
+_plain_hasattr, _plain_callable = builtins.hasattr, builtins.callable
 _STANDS_FOR: Final = "__fxamp_stands_for__"
 
 
@@ -94,6 +103,7 @@ def unpatched(value: Any) -> Any:
 
 standing_for(_plain_isinstance, _isinstance)
 standing_for(_plain_hasattr, _hasattr)
+standing_for(_plain_callable, _callable)
 
 
 def _known_kind(value: fx.Proxy) -> type:
@@ -237,7 +247,13 @@ def shadowed_builtins(*, numbers: bool) -> Iterator[None]:
         numbers: ``int`` and ``float`` too. These are also types, so that is only for code that needs it.
     """
     recorded = {name: _recorded(getattr(builtins, name)) for name in ("max", "min", "round")}
-    shadows: Any = {"isinstance": _isinstance, "hasattr": _hasattr, "len": _shadow_len(), **recorded}
+    shadows: Any = {
+        "isinstance": _isinstance,
+        "hasattr": _hasattr,
+        "callable": _callable,
+        "len": _shadow_len(),
+        **recorded,
+    }
     finfo = _recorded(torch.finfo)
     both = shadowed_numbers() if numbers else nullcontext()
     with mock.patch.multiple(builtins, **shadows), mock.patch.object(torch, "finfo", finfo), both, _answered_plainly():
@@ -292,7 +308,19 @@ def plain_builtins() -> Iterator[None]:
 
 
 _SPACES: Final[tuple[dict[str, Any], ...]] = (vars(builtins), vars(torch))
-_SHADOWED: Final = ("isinstance", "hasattr", "len", "max", "min", "round", "int", "float", "finfo", "Generator")
+_SHADOWED: Final = (
+    "isinstance",
+    "hasattr",
+    "callable",
+    "len",
+    "max",
+    "min",
+    "round",
+    "int",
+    "float",
+    "finfo",
+    "Generator",
+)
 
 
 @contextmanager

@@ -31,11 +31,15 @@ class RandomState:
         now = RandomState()
         if now._python == self._python and _as_bytes(now._state) == _as_bytes(self._state):
             return
+        self.put_back()
+        whose = "numpy's random numbers" if now._python == self._python else "Python's random module"
+        raise TraceError(f"draws from {whose}, which a graph would freeze")
+
+    def put_back(self) -> None:
+        """Goes back to these."""
         random.setstate(self._python)
         if self._numpy is not None:
             self._numpy.set_state(self._state)
-        whose = "numpy's random numbers" if now._python == self._python else "Python's random module"
-        raise TraceError(f"draws from {whose}, which a graph would freeze")
 
 
 def may_draw(module: nn.Module) -> bool:

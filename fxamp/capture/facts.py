@@ -85,6 +85,7 @@ class Facts:
         data: answer for what follows from the data of the examples, too.
         ambient: the device type and dtype of autocast around the model, if there is any.
         grad: whether gradients are recorded around it; None: nobody is told what has some.
+        seen: what modules gave when the model was run, by path: for those that cannot be run on fake tensors.
 
     Attributes:
         real: the examples as they are.
@@ -103,8 +104,10 @@ class Facts:
         data: bool = False,
         ambient: tuple[str, torch.dtype] | None = None,
         grad: bool | None = None,
+        seen: Mapping[str, Any] | None = None,
     ) -> None:
         self._grads = GradModes(grad)
+        self._seen = seen or {}
         self.real, self.tells_sizes, self.tells_data = examples, sizes, data
         self._ambient = None if ambient is None else AutocastState(ambient[1], enabled=True)
         self._device_type = "cpu" if ambient is None else ambient[0]
@@ -155,7 +158,10 @@ class Facts:
         unseen = list(itertools.takewhile(lambda each: each not in self._values, reversed(node.graph.nodes)))
         for each in reversed(unseen):
             with self.alone():
-                self._values[each] = self._found(each)
+                found = self._found(each)
+                if found is UNTOLD and each.op == "call_module" and each.target in self._seen:
+                    found = self._fake(self._seen[str(each.target)])
+                self._values[each] = found
             if self._is_sized(each):
                 self._sized.add(each)
             if self._is_typed(each):

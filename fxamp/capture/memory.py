@@ -61,6 +61,10 @@ class Memory:
         """Whether any of the calls that are in the graph wrote to one of these values, or may have."""
         return self._is_among(nodes, self._writes)
 
+    def resizes(self) -> bool:
+        """Whether any call that is in the graph gives a value another shape."""
+        return any(node.target in _RESIZING and not node._erased for node, _ in self._writes)
+
     def was_resized(self, nodes: Iterable[fx.Node]) -> bool:
         """Whether any of the calls that are in the graph gave one of these values another shape."""
         return self._is_among(nodes, [write for write in self._writes if write[0].target in _RESIZING])

@@ -202,7 +202,7 @@ class Program(Traces):
         grad = setting.grad.enabled and not setting.grad.inference
         facts = partial(Facts, examples, self.attribute, data=data, ambient=setting.ambient, grad=grad)
 
-        def by_torch_fx(**how: bool) -> Callable[[], Traced]:
+        def by_torch_fx(**how: Any) -> Callable[[], Traced]:
             return lambda: self._trace(layout, setting, partial(facts, **how))
 
         def by_dynamo(*, dynamic: bool) -> Callable[[], Traced]:
@@ -211,6 +211,7 @@ class Program(Traces):
         attempts: tuple[tuple[str, Callable[[], Traced]], ...] = (
             ("torch.fx", by_torch_fx(sizes=False)),
             ("torch.fx", by_torch_fx(sizes=True)),
+            ("torch.fx", lambda: by_torch_fx(sizes=True, seen=self._witnessed(layout, setting, examples))()),
             ("Dynamo", by_dynamo(dynamic=True)),
             ("Dynamo", by_dynamo(dynamic=False)),
         )

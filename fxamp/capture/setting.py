@@ -95,9 +95,8 @@ class Traced:
         """Whether a call with these values of the placeholders goes the way of this graph."""
         if self.fits is not None and self.fits.problem(values) is not None:
             return False
-        return not self.questions or self.questions.are_answered_so(
-            values, list(map(attribute, self.questions.tensors))
-        )
+        readers = [functools.partial(attribute, path) for path in self.questions.tensors]
+        return self.questions.are_answered_so(values, readers)
 
 
 def kept(value: Any) -> Any:

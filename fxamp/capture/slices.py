@@ -26,7 +26,8 @@ __all__ = ["UNTOLD", "Slices"]
 
 UNTOLD: Final = object()
 _length = len  # while a model is traced, the builtin is another one
-_LIMITS: Final = {"data": 256, "shape": 64, "device": 256}  # steps; a longer way is not one that only decides
+# Steps; a longer way is not one that only decides. Shapes are found out once.
+_LIMITS: Final = {"data": 256, "shape": 4096, "device": 4096}
 _MOST: Final = 512  # questions; more of them are a loop that goes by its values
 _NEUTRAL: Final = frozenset({"fp32", "fp32_dtype", "promote"})  # rules that change nothing when all is float32
 
@@ -56,6 +57,7 @@ class Slices:
         self._memory = Memory(tensor, module)
         self._asked: set[fx.Node] = set()
         self._values: dict[Step, Any] = {}
+        self._shapes: set[Step] = set()  # and devices, that were told: these stay
         self._strict: set[Step] = set()  # what is the same value for these dtypes only
 
     def told(self, node: fx.Node, *, shapes: bool = True) -> Any:
@@ -64,7 +66,7 @@ class Slices:
         if _length(self._asked) > _MOST:
             return UNTOLD
         self._memory.read(node.graph)
-        steps = slice_of(Step(node, "data"))
+        steps = slice_of(Step(node, "data"), () if self._memory.resizes() else self._shapes)
         if not self._is_short(steps, shapes) or self._was_changed(steps):
             return UNTOLD
         for step in steps:
@@ -72,6 +74,8 @@ class Slices:
                 self._values[step] = self._found(step)
             if self._values[step] is UNTOLD:
                 return UNTOLD
+            if step.what != "data":
+                self._shapes.add(step)
         return self._values[steps[-1]]
 
     def note(self, node: fx.Node) -> None:
@@ -84,7 +88,8 @@ class Slices:
     def _is_short(self, steps: list[Step], shapes: bool) -> bool:
         if not shapes and any(step.what == "shape" and step.node.op.startswith("call") for step in steps):
             return False
-        return all(sum(step.what == what for step in steps) <= limit for what, limit in _LIMITS.items())
+        many = _length(self._shapes) > _LIMITS["shape"]
+        return not many and all(sum(s.what == what for s in steps) <= limit for what, limit in _LIMITS.items())
 
     def _was_changed(self, steps: list[Step]) -> bool:
         data = [step.node for step in steps if step.what == "data" and all(need.what == "data" for need in needs(step))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from fxamp.policy.writes import writes_of
 
 __all__ = ["Step", "given", "made", "needs", "slice_of"]
 
-_MANY: Final = 600  # steps; whoever asks has a limit below that
+_MANY: Final = 8192  # steps; whoever asks has a limit below that
 
 _OPERATOR, _BUILTINS, _MATH = operator.add.__module__, builtins.__name__, math.__name__
 _INPLACE: Final = frozenset(
@@ -61,13 +61,18 @@ def given(step: Step) -> Step:
     return Step(step.node, "given")
 
 
-def slice_of(step: Step) -> list[Step]:
-    """A step and all that it needs, in the order of the graph, the step itself last; cut off when that is very much."""
+def slice_of(step: Step, known: Container[Step] = ()) -> list[Step]:
+    """A step and all that it needs, in the order of the graph, the step itself last; cut off when that is very much.
+
+    Args:
+        step: what to find the slice of.
+        known: steps of which it does not matter what they need.
+    """
     found, rest = {step}, [step]
     while rest and _length(found) <= _MANY:
         new = set(needs(rest.pop())) - found
         found |= new
-        rest.extend(new)
+        rest.extend(each for each in new if each not in known)
     return sorted(found)
 
 
@@ -83,9 +88,9 @@ def needs(step: Step) -> tuple[Step, ...]:
         return tuple(Step(source, "data") for source in sources)
     if _keeps_shape(node):
         return (Step(sources[0], "shape"),)
-    ignored = _device_argument(node)
+    ignored = (_device_argument(node), node.kwargs.get("dtype"))  # of neither a shape follows
     kinds = ((source, "data" if known_kind(source) in NUMBERS else "shape") for source in sources)
-    return tuple(Step(source, kind) for source, kind in kinds if source is not ignored)
+    return tuple(Step(source, kind) for source, kind in kinds if source not in ignored)
 
 
 def _needs_for_device(node: fx.Node) -> tuple[Step, ...]:
@@ -129,7 +134,7 @@ def made(
     by_node = {need.node: value_of(need) for need in before}
     args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, lambda source: by_node.get(source))
     if what == "shape" and node.op == "call_function" and not any(need.what == "shape" for need in before):
-        made_here = aten_name(node.op, node.target, node.args, node.kwargs) is not None
+        made_here = node.target in _QUESTIONS or aten_name(node.op, node.target, node.args, node.kwargs) is not None
         kwargs = {**kwargs, "device": "meta"} if made_here and known_kind(node) not in NUMBERS else kwargs
     return call(node.op, node.target, args, kwargs)
 

@@ -6,6 +6,7 @@ Each trace runs on a throw-away clone, so nothing a forward does to ``self`` sta
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -16,13 +17,16 @@ import torch
 from torch import nn
 from torch.fx.proxy import TraceError
 
+from fxamp.capture.calls import has_hooks
 from fxamp.capture.clone import clone_trees, stop_iterators
+from fxamp.capture.drawing import RandomState
 from fxamp.capture.entry import Entry
 from fxamp.capture.facts import Facts
 from fxamp.capture.failures import Tried, capture_error, dynamo_error
 from fxamp.capture.holder import adopt, bound_to, unowned
 from fxamp.capture.outside import Outside
 from fxamp.capture.paths import is_torchs, paths_of
+from fxamp.capture.regions import autocast_as
 from fxamp.capture.setting import Setting, Traced, grad_mode_as, kept
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.capture.state import python_state
@@ -50,6 +54,10 @@ class _Prepared(NamedTuple):
 
 class _ReadsCount(Exception):
     """A trace that did not see what is read turned out to need it."""
+
+
+def _note(given: dict[str, list[Any]], path: str, module: nn.Module, args: Any, result: Any) -> None:
+    given.setdefault(path, []).append(result)
 
 
 class Traces:
@@ -159,6 +167,34 @@ class Traces:
                 outside.restore()
                 torch.set_rng_state(drawn)
         return replace(tracer.traced(graph, layout, fits), given=tuple(map(kept, values)))
+
+    def _witnessed(self, layout: Layout, setting: Setting, values: Sequence[Any]) -> dict[str, Any]:
+        """What the modules give that a run of the model calls once, by path.
+
+        Only a run tells what a part gives that goes by its data. It is made on clones, and leaves nothing behind.
+        """
+        _, entry, modules, originals = self._prepared(layout)
+        given: dict[str, list[Any]] = {}
+        if any(map(has_hooks, modules.values())):
+            return {}  # these are the user's, and not to be run for this
+        ambient = setting.ambient
+        with ExitStack() as stack:
+            stack.enter_context(put_back(originals))
+            stack.enter_context(modes(modules, setting.training))
+            stack.enter_context(grad_mode_as(setting.grad))
+            stack.enter_context(torch.random.fork_rng())
+            stack.callback(RandomState().put_back)
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            for path, module in modules.items():
+                module._buffers = {name: kept(value) for name, value in module._buffers.items()}
+                stack.callback(module.register_forward_hook(partial(_note, given, path)).remove)
+            if ambient is not None:
+                stack.enter_context(autocast_as(*ambient, enabled=ambient[0] == "cpu" or torch.cuda.is_available()))
+                stack.callback(torch.clear_autocast_cache)
+            with suppress(Exception):
+                entry.plainly(*entry.arguments(*map(kept, values)))
+        return {path: results[0] for path, results in given.items() if len(results) == 1}
 
     def _tried(self, facts: Facts | None) -> Tried:
         models = "model, loss" if self.has_loss else "model"

@@ -253,9 +253,10 @@ class Conversion:
         """
         if self.frozen is not None:
             raise changed_after_freezing(self.program.name)
+        given = next((known.given for _, known in self.traced if known.layout == self.layout and known.given), None)
         self.traced, self.variants = [], []
         for mode in dict.fromkeys((self.mode, "train", "eval")):
-            self._trace(mode, self.layout)
+            self._trace(mode, self.layout, None if self.examples is not None else self._here(given))
         self._finish()
 
     def forget_stale_copies(self) -> None:

@@ -108,9 +108,7 @@ class Variant:
             (not self.traced.grad or self.traced.grad == (grad_mode(),))
             and all(getattr(read(), name) == value for read, name, value in self.tensors)
             and (self.traced.fits is None or self.traced.fits.problem(values) is None)
-            and (
-                self.questions is None or self.questions.are_answered_so(values, [read() for read in self.of_questions])
-            )
+            and (self.questions is None or self.questions.are_answered_so(values, self.of_questions))
         )
 
     def check_kinds(self, values: Sequence[Any]) -> None:
