@@ -16,8 +16,6 @@ from typing import Any, Final
 
 import torch
 from torch import fx, nn
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
@@ -28,6 +26,7 @@ from fxamp.capture.clone import clone_tree
 from fxamp.capture.gradients import GradModes
 from fxamp.capture.regions import AutocastState, autocast_as, state_of
 from fxamp.capture.slices import UNTOLD
+from fxamp.capture.unknown import SYMBOLIC, fake_mode, has_unknown
 from fxamp.dtypes import is_castable
 
 # The question itself: a model's own is noted while it is traced.
@@ -36,10 +35,8 @@ _is_grad_enabled = torch.is_grad_enabled
 __all__ = [
     "UNTOLD",
     "Facts",
-    "fake_mode",
     "gpu_is_away",
     "has_nested",
-    "has_unknown",
     "moved",
     "run_on_fakes",
     "without_log",
@@ -123,7 +120,7 @@ class Facts:
     def kind(self, node: fx.Node) -> type | None:
         """The type of a node's value, or None when it is not told."""
         value = self._value(node)
-        return None if value is UNTOLD else _SYMBOLIC.get(type(value)) or _kind_of(value)
+        return None if value is UNTOLD else SYMBOLIC.get(type(value)) or _kind_of(value)
 
     def told(self, node: fx.Node, *, sizes: bool = False) -> Any:
         """The value of a node that holds no tensor, or ``UNTOLD``; ``sizes``: also one that follows from sizes."""
@@ -274,22 +271,8 @@ class Facts:
         return pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
 
 
-_SYMBOLIC: Final = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
-
-
 def _kind_of(value: Any) -> type:
     return torch.Tensor if isinstance(value, torch.Tensor) else type(value)
-
-
-def fake_mode() -> FakeTensorMode:
-    """A mode for fake tensors. What has a size that only data tells is known apart from that size."""
-    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
-
-
-def has_unknown(value: Any) -> bool:
-    """Whether a value is a size, or has one, that only data tells."""
-    parts = value.shape if isinstance(value, torch.Tensor) else pytree.tree_leaves(value)
-    return any(type(part) in _SYMBOLIC for part in parts)
 
 
 def has_nested(value: Any) -> bool:

@@ -303,6 +303,7 @@ class AmpTracer(ReadingTracer):
             if node is mark.last:
                 break
             self.graph.erase_node(node)
+            self.graph._graph_namespace._used_names.discard(node.name)
         for name in list(self._proxies)[mark.proxies :]:
             del self._proxies[name]
         self.scope.module_path, self.scope.module_type = mark.scope

@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 
 from fxamp.capture.arguments import map_leaves
 from fxamp.capture.calls import MODE_CALLS, set_objects
-from fxamp.capture.facts import fake_mode, gpu_is_away, has_nested, has_unknown, moved, run_on_fakes, without_log
+from fxamp.capture.facts import gpu_is_away, has_nested, moved, run_on_fakes, without_log
 from fxamp.capture.objects import Rebuilt
 from fxamp.capture.regions import autocast_as
+from fxamp.capture.unknown import GuardOnDataDependentSymNode, fake_mode, has_unknown
 from fxamp.dtypes import is_castable
 from fxamp.plan.alike import Unlike, call_key, keeps_shapes, tensor_key
 from fxamp.plan.decision import Decision
@@ -31,6 +32,7 @@ __all__ = ["FakeObserver"]
 
 _MISSING = object()
 _NOT_FAKEABLE = (
+    GuardOnDataDependentSymNode,
     NotImplementedError,
     fake_tensor.DataDependentOutputException,
     fake_tensor.DynamicOutputShapeException,
