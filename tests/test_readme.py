@@ -84,7 +84,7 @@ def test_rule_of_an_example(operator: str, device: str, rule: str) -> None:
 def test_every_part_of_the_package_is_described() -> None:
     described = set(re.findall(r"^- `fxamp/(\w+)(?:/|\.py)`: ", README, re.MULTILINE))
     folders = {path.parent.name for path in (ROOT / "fxamp").glob("*/__init__.py")}
-    assert described == folders | {"convert"}
+    assert described == folders | {"convert", "backend"}
 
 
 def test_links_lead_somewhere() -> None:

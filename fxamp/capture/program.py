@@ -192,10 +192,9 @@ class Program(Traces):
         Raises:
             CaptureError: when the model's or the loss's own code cannot be traced, with the user's line.
         """
-        modules = (*self.whole.modules(), *self._holder.modules())
-        with kept_objects(modules), self.in_mode(setting.training):
+        with self.in_mode(setting.training):
             if examples is None:
-                return _settled(lambda: self._trace(layout, setting, lambda: None))
+                return self._once_settled(lambda: self._trace(layout, setting, lambda: None))
             return self._by_frontends(layout, setting, examples, data=data)
 
     def _by_frontends(self, layout: Layout, setting: Setting, examples: list[Any], *, data: bool) -> Traced:
@@ -221,7 +220,7 @@ class Program(Traces):
             if frontend not in self.frontends:
                 continue
             try:
-                found = _settled(attempt)
+                found = self._once_settled(attempt)
             except CaptureError as error:
                 failed[frontend] = error
                 continue
@@ -234,22 +233,22 @@ class Program(Traces):
             return replace(guessed, failed={name: error.message for name, error in failed.items() if name == "Dynamo"})
         raise untraceable_by(failed)
 
+    def _once_settled(self, attempt: Callable[[], Traced]) -> Traced:
+        """A trace; what it changes in Python may only be what its second run finds, and goes the same way with.
 
-def _settled(attempt: Callable[[], Traced]) -> Traced:
-    """A trace; what it changes in Python may only be what its second run finds, and goes the same way with.
-
-    transformers sets ``config.problem_type`` at the first call with labels, for one.
-    """
-    try:
-        return attempt()
-    except CaptureError as error:
-        changed = error.__cause__
-        if not isinstance(changed, StateChangedError):
-            raise
-        found = attempt()
-        if str(found.graph) != changed.graph:
-            raise
-        return found
+        transformers sets ``config.problem_type`` at the first call with labels, for one.
+        """
+        with kept_objects((*self.whole.modules(), *self._holder.modules())):
+            try:
+                return attempt()
+            except CaptureError as error:
+                changed = error.__cause__
+                if not isinstance(changed, StateChangedError):
+                    raise
+                found = attempt()
+                if str(found.graph) != changed.graph:
+                    raise
+                return found
 
 
 def _picklable(function: Any) -> Any:

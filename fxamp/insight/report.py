@@ -137,7 +137,16 @@ def report_of(
     totals["dtype_unknown"] = sum(map(_is_unknown, flows))
     totals["dtype_known"] = len(flows) - totals["dtype_unknown"]
     return Report(
-        model, policy.name, policy.device_type, abbreviate(policy.dtype), plan.mode, nodes, totals, frontend, failed
+        model,
+        policy.name,
+        policy.device_type,
+        abbreviate(policy.dtype),
+        plan.mode,
+        nodes,
+        totals,
+        frontend,
+        failed,
+        note,
     )
 
 
