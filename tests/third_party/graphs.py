@@ -58,6 +58,10 @@ def points(nodes: int, links: int) -> Call:
     return call(torch.randn(nodes, WIDTH), torch.randn(nodes, 3), edges(nodes, links))
 
 
+def signed(nodes: int, links: int) -> Call:
+    return call(*graph(nodes, links).args, edges(nodes, links))
+
+
 def molecules(nodes: int, links: int) -> Call:
     return call(*graph(nodes, links).args, torch.randn(links, 3), torch.arange(nodes) // 5)
 
@@ -93,6 +97,7 @@ GRAPHS: dict[str, Case] = {
     "DeepGCN": on(lambda g: g.DeepGCNLayer(g.GENConv(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.ReLU())),
     "PointTransformerConv": on(lambda g: g.PointTransformerConv(WIDTH, 4), points),
     "AttentiveFP": on(lambda g: g.AttentiveFP(WIDTH, 16, 4, edge_dim=3, num_layers=2, num_timesteps=2), molecules),
+    "SignedGCN": on(lambda g: g.SignedGCN(WIDTH, 16, 2), signed),
     "LightGCN": on(lambda g: g.LightGCN(15, 8, 2), lambda nodes, links: call(edges(nodes, links))),
     "GCN on graphs": pooled(lambda g, i, o: g.GCNConv(i, o)),
     "GAT on graphs": pooled(lambda g, i, o: g.GATConv(i, o // 2, heads=2), "global_max_pool"),

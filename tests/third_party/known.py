@@ -47,6 +47,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "denoising_diffusion_pytorch/Unet": OUTPUT,
         "deepctr_torch/AutoInt": "must have the same dtype",  # eager autocast cannot run it either
         "pytorch_tabnet/TabNet": "switches autocast or the grad mode without a `with`",
+        "tab_transformer_pytorch/TabTransformer": "if is_special_token.any()",
         "x_transformers/decoder": OBJECT,
         "x_transformers/rotary encoder": OBJECT,
         "vit_pytorch/xcit": OUTPUT,
@@ -61,7 +62,10 @@ REFUSED: dict[str, dict[str, str]] = {
 # Wrong results that are known, and the first difference.
 DIFFERENT: dict[str, dict[str, str]] = {
     "convert": {
-        "transformers/maskformer": "FakeTensor, expected Tensor",  # a cache of functools keeps what the planning made
+        # A cache of the user's code keeps a tensor that the planning made.
+        "transformers/maskformer": "FakeTensor, expected Tensor",
+        # A write to a new tensor counts as one to the input, which is then cast again where autocast keeps its copy.
+        "torch_geometric/SignedGCN": "gradients.input 0: bits differ",
     },
     "backend": {},
 }
