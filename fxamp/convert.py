@@ -76,7 +76,15 @@ def convert(
     try:
         return AmpModule(Conversion.start(program, asked, _STAGES, layout, examples))
     except AutocastFailsError as error:
+        if not _is_in_float32(program, examples):
+            raise CaptureError(error.message, hint=error.hint) from error.__cause__
         return AmpModule(_without_casts(Program(model, loss), asked, layout, examples, error))
+
+
+def _is_in_float32(program: Program, examples: list[Any] | None) -> bool:
+    """Whether no other 16-bit dtype can be the reason for what autocast makes of a model."""
+    tensors = [*(examples or ()), *program.whole.parameters(), *program.whole.buffers()]
+    return not any(isinstance(t, torch.Tensor) and t.dtype in (torch.float16, torch.bfloat16) for t in tensors)
 
 
 def _without_casts(
@@ -87,7 +95,7 @@ def _without_casts(
     try:
         conversion = Conversion.start(program, replace(asked, policy=full), _STAGES, layout, examples)
     except FxampError:
-        raise error from None
+        raise CaptureError(error.message, hint=error.hint) from error.__cause__
     conversion.note = f"no casts, as autocast cannot run this model: {error.message}"
     return conversion
 

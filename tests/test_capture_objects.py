@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import (
 from torch.utils import _pytree as pytree
 
 import fxamp
+from fxamp.capture import Program
 from tests.helpers import assert_same, check_against_autocast
 
 
@@ -874,8 +875,9 @@ REFUSALS: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 @pytest.mark.parametrize("examples", [False, True])
-def test_a_refusal_names_the_users_line_and_thing(name: str, examples: bool) -> None:
+def test_a_refusal_names_the_users_line_and_thing(name: str, examples: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     function, message = REFUSALS[name]
+    monkeypatch.setattr(Program, "frontends", ("torch.fx",))  # Dynamo takes some of these
     with pytest.raises(fxamp.CaptureError) as caught:
         fxamp.convert(Drawing(function), example_inputs=(torch.randn(4, 4),) if examples else None)
     assert message in str(caught.value)

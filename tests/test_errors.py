@@ -186,13 +186,6 @@ FAILURES = {
         IN_A_SUBMODULE,
         Counter,
     ),
-    "control flow on what is computed": Failure(
-        CaptureError,
-        cannot_trace(Peak, "if (x", "the branch `if (x @ x).sum() > 0` depends on a tensor value"),
-        AS_IT_RUNS,
-        Peak,
-        {"example_inputs": (torch.ones(2, 2),)},
-    ),
     "control flow, with a loss": Failure(
         CaptureError,
         cannot_trace(Gate, "if x.sum", "the branch `if x.sum() > 0` depends on a tensor value"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -108,8 +108,11 @@ class DynamoTracer(ReadingTracer):
         for node, value in zip(placeholders, given, strict=True):
             node.meta["told"] = told(value)
         before = {path: python_state(module) for path, module in self._by_path.items()}
-        held = Contents(*arguments)
-        result, graph = self._compiled(entry.plainly, arguments)
+        held, tensors = Contents(*arguments), _Attributes(self._by_path.values())
+        try:
+            result, graph = self._compiled(entry.plainly, arguments)
+        finally:
+            tensors.check()
         if (written := held.changed()) is not None:
             raise TraceError(f"puts something into the {type(written).__name__} it is given, which a graph would not")
         fits = self._fits([node.name for node in placeholders], given)
@@ -258,6 +261,32 @@ class DynamoTracer(ReadingTracer):
         node = super().create_node(*args, **kwargs)
         node.meta.update(module="", source="", regions=(), number=False, object=False)
         return node
+
+
+class _Attributes:
+    """What belongs to the parameters and buffers of modules beside their data, and cannot be set in a graph."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        own = (tensor for m in modules for tensor in (*m.parameters(recurse=False), *m.buffers(recurse=False)))
+        self._before = [(tensor, tensor.detach(), tensor.requires_grad, tensor.grad) for tensor in own]
+
+    def check(self) -> None:
+        """Puts it back.
+
+        Raises:
+            TraceError: when some of it was set.
+        """
+        changed = ""
+        for tensor, data, requires_grad, grad in self._before:
+            if isinstance(tensor.data, FakeTensor) or tensor.data_ptr() != data.data_ptr():
+                tensor.data, changed = data, "data"
+            if tensor.requires_grad is not requires_grad:
+                tensor.requires_grad_(requires_grad)
+                changed = "requires_grad"
+            if tensor.is_leaf and tensor.grad is not grad:
+                tensor.grad, changed = grad, "grad"
+        if changed:
+            raise TraceError(f"sets the attribute '{changed}' of a tensor")
 
 
 def _called(call: Callable[..., Any], args: Any, kwargs: Any, loss_kwargs: Any) -> Any:

@@ -17,9 +17,13 @@ from torch.fx.proxy import TraceError
 from fxamp.capture.source import is_users
 from fxamp.errors import CaptureError
 
-__all__ = ["NotPutBack", "Tried", "capture_error", "dynamo_error", "name_of", "untraceable_by"]
+__all__ = ["HiddenError", "NotPutBack", "Tried", "capture_error", "dynamo_error", "name_of", "untraceable_by"]
 
 _TRANSFORMS = ("_functorch", "_higher_order_ops")
+
+
+class HiddenError(TraceError):
+    """The model does what Dynamo would do once, while it captures, and leave out of its graph."""
 
 
 class NotPutBack(TraceError):

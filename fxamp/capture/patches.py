@@ -29,6 +29,7 @@ from fxamp.capture.calls import (
     restore_states,
     set_rng_state,
 )
+from fxamp.capture.failures import HiddenError
 from fxamp.capture.proxy import MAY_BE_NONE
 
 __all__ = [
@@ -80,7 +81,7 @@ def tensor_calls(
                         return answer(args[0], attribute)
                 return record(getattr, (args[0], attribute), {}) if attribute in _VIEWS else func(*args)
             if name in ("__set__", "__delete__"):
-                raise TraceError(f"sets the attribute '{func.__self__.__name__}' of a tensor")
+                raise HiddenError(f"sets the attribute '{func.__self__.__name__}' of a tensor")
             if name in _FACTS or not _has_tensor(args, kwargs):
                 return func(*args, **kwargs)
             if is_tensor_method_or_property(func):

@@ -18,8 +18,8 @@ from torch import nn
 
 from fxamp.capture.calls import has_hooks
 from fxamp.capture.clone import clone_trees
-from fxamp.capture.facts import Facts
-from fxamp.capture.failures import name_of, untraceable_by
+from fxamp.capture.facts import Facts, gpu_is_away
+from fxamp.capture.failures import HiddenError, name_of, untraceable_by
 from fxamp.capture.holder import entry_of, holder_of
 from fxamp.capture.members import find, member
 from fxamp.capture.patches import mode_of, switches_plainly
@@ -216,12 +216,15 @@ class Program(Traces):
         )
         failed: dict[str, CaptureError] = {}
         guessed: Traced | None = None
+        away = setting.ambient is not None and gpu_is_away(setting.ambient[0])  # Dynamo cannot ask its autocast
         for frontend, attempt in attempts:
-            if frontend not in self.frontends:
+            if frontend not in self.frontends or (frontend == "Dynamo" and guessed is not None and away):
                 continue
             try:
                 found = self._once_settled(attempt)
             except CaptureError as error:
+                if isinstance(error.__cause__, HiddenError):
+                    raise
                 failed[frontend] = error
                 continue
             if not found.guessed:

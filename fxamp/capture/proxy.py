@@ -18,6 +18,7 @@ from torch.fx.proxy import Attribute, TraceError
 
 from fxamp.capture.builtins import known_kind
 from fxamp.capture.calls import assign
+from fxamp.capture.failures import HiddenError
 from fxamp.capture.packed import ORDERS, hands_on_at_once
 from fxamp.capture.source import user_frame
 
@@ -58,7 +59,7 @@ class _Recorded(fx.Proxy):
             self.tracer.create_proxy("call_function", assign, (self, name, value), {})
             return
         if name not in _OWN:
-            raise TraceError(f"sets the attribute '{name}' of a tensor")
+            raise HiddenError(f"sets the attribute '{name}' of a tensor")
         object.__setattr__(self, name, value)
 
     def __hash__(self) -> int:

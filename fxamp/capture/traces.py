@@ -18,7 +18,7 @@ from torch import nn
 from torch.fx.proxy import TraceError
 
 from fxamp.capture.calls import has_hooks
-from fxamp.capture.clone import clone_trees, stop_iterators
+from fxamp.capture.clone import clone_trees, stop_iterators, tensor_copies
 from fxamp.capture.drawing import RandomState
 from fxamp.capture.entry import Entry
 from fxamp.capture.facts import Facts
@@ -29,7 +29,7 @@ from fxamp.capture.paths import is_torchs, paths_of
 from fxamp.capture.regions import autocast_as
 from fxamp.capture.setting import Setting, Traced, grad_mode_as, kept
 from fxamp.capture.signature import CallSignature, Layout
-from fxamp.capture.state import python_state
+from fxamp.capture.state import kept_objects, python_state
 from fxamp.capture.surroundings import (
     autocast_answers,
     changed_modules,
@@ -173,10 +173,11 @@ class Traces:
 
         Only a run tells what a part gives that goes by its data. It is made on clones, and leaves nothing behind.
         """
-        _, entry, modules, originals = self._prepared(layout)
+        owned = paths_of(self.tree, self.loss_tree, self.loss_path).values()
+        if self._function is not None or any(map(has_hooks, owned)):
+            return {}  # hooks are the user's, and so are the modules of a function: not to be run for this
+        _, entry, modules, originals = self._prepared(layout, tensor_copies(owned))
         given: dict[str, list[Any]] = {}
-        if any(map(has_hooks, modules.values())):
-            return {}  # these are the user's, and not to be run for this
         ambient = setting.ambient
         with ExitStack() as stack:
             stack.enter_context(put_back(originals))
@@ -184,11 +185,12 @@ class Traces:
             stack.enter_context(grad_mode_as(setting.grad))
             stack.enter_context(torch.random.fork_rng())
             stack.callback(RandomState().put_back)
+            stack.enter_context(kept_objects(owned))
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             for path, module in modules.items():
-                module._buffers = {name: kept(value) for name, value in module._buffers.items()}
-                stack.callback(module.register_forward_hook(partial(_note, given, path)).remove)
+                if not isinstance(module, torch.jit.ScriptModule):
+                    stack.callback(module.register_forward_hook(partial(_note, given, path)).remove)
             if ambient is not None:
                 stack.enter_context(autocast_as(*ambient, enabled=ambient[0] == "cpu" or torch.cuda.is_available()))
                 stack.callback(torch.clear_autocast_cache)
@@ -201,9 +203,9 @@ class Traces:
         call = f"fxamp.convert({models}, example_inputs={self.signature.spelled_examples()})"
         return Tried(call, facts is not None, not self.signature.required and not self.signature.starred)
 
-    def _prepared(self, layout: Layout) -> _Prepared:
-        """What one trace runs on."""
-        root, loss_tree = clone_trees(self.tree, self.loss_tree)
+    def _prepared(self, layout: Layout, copies: Mapping[int, Any] | None = None) -> _Prepared:
+        """What one trace runs on: clones, over the same tensors or over copies of these."""
+        root, loss_tree = clone_trees(self.tree, self.loss_tree, copies)
         stop_iterators(root.modules())
         if self._function is not None:
             root = self._holder  # a function calls the modules it closes over, so these cannot be clones
