@@ -52,7 +52,8 @@ def test_the_public_names() -> None:
 
 def test_nothing_else_looks_public() -> None:
     parts = {"capture", "compiling", "dtypes", "errors", "insight", "plan", "policy", "rewrite", "runtime"}
-    assert {name for name in vars(fxamp) if not name.startswith("_")} == {*fxamp.__all__} | parts
+    found = {name for name in vars(fxamp) if not name.startswith("_")} - {"registered"}  # torch.compile imports it
+    assert found == {*fxamp.__all__} | parts
 
 
 def test_the_promised_signatures() -> None:

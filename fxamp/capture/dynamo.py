@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -26,7 +26,7 @@ from fxamp.capture.dynamo_graph import modules_named, told, translate
 from fxamp.capture.entry import Entry
 from fxamp.capture.facts import without_log
 from fxamp.capture.fits import Fits, Kind
-from fxamp.capture.members import store_of
+from fxamp.capture.owned import OwnTensors, put_back, set_to_stand_ins
 from fxamp.capture.patches import mode_of
 from fxamp.capture.reading import ReadingTracer
 from fxamp.capture.regions import autocast_as
@@ -108,7 +108,7 @@ class DynamoTracer(ReadingTracer):
         for node, value in zip(placeholders, given, strict=True):
             node.meta["told"] = told(value)
         before = {path: python_state(module) for path, module in self._by_path.items()}
-        held, tensors = Contents(*arguments), _Attributes(self._by_path.values())
+        held, tensors = Contents(*arguments), OwnTensors(self._by_path.values())
         try:
             result, graph = self._compiled(entry.plainly, arguments)
         finally:
@@ -230,13 +230,13 @@ class DynamoTracer(ReadingTracer):
     def _carry(self, before: Mapping[str, Mapping[str, Any]]) -> None:
         """Puts into the graph what the call set attributes to."""
         for path, module in self._by_path.items():
-            for name, new in _set_to_stand_ins(module):
+            for name, new in set_to_stand_ins(module):
                 old = getattr(before[path].get(name), "value", None)
                 if not isinstance(old, torch.Tensor) or old.shape != new.shape or old.dtype != new.dtype:
                     raise TraceError(f"keeps self.{name} for the next call, which may go another way then")
                 owner = self.create_node("get_attr", path or THIS, (), {})
                 self.create_node("call_function", assign, (owner, name, self.create_arg(new)), {})
-                _put_back(module, name, old)
+                put_back(module, name, old)
         for path, module in self._by_path.items():
             if mode_of(module) is not self._setting.training.get(path, mode_of(module)):
                 raise TraceError(f"switches the mode of {type(module).__name__}, which a graph would forget")
@@ -261,32 +261,6 @@ class DynamoTracer(ReadingTracer):
         node = super().create_node(*args, **kwargs)
         node.meta.update(module="", source="", regions=(), number=False, object=False)
         return node
-
-
-class _Attributes:
-    """What belongs to the parameters and buffers of modules beside their data, and cannot be set in a graph."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        own = (tensor for m in modules for tensor in (*m.parameters(recurse=False), *m.buffers(recurse=False)))
-        self._before = [(tensor, tensor.detach(), tensor.requires_grad, tensor.grad) for tensor in own]
-
-    def check(self) -> None:
-        """Puts it back.
-
-        Raises:
-            TraceError: when some of it was set.
-        """
-        changed = ""
-        for tensor, data, requires_grad, grad in self._before:
-            if isinstance(tensor.data, FakeTensor) or tensor.data_ptr() != data.data_ptr():
-                tensor.data, changed = data, "data"
-            if tensor.requires_grad is not requires_grad:
-                tensor.requires_grad_(requires_grad)
-                changed = "requires_grad"
-            if tensor.is_leaf and tensor.grad is not grad:
-                tensor.grad, changed = grad, "grad"
-        if changed:
-            raise TraceError(f"sets the attribute '{changed}' of a tensor")
 
 
 def _called(call: Callable[..., Any], args: Any, kwargs: Any, loss_kwargs: Any) -> Any:
@@ -325,17 +299,3 @@ def _may_change(value: torch.Tensor) -> Sequence[int]:
 def _stand_in(value: Any) -> Any:
     """Another object for each output, however many of them are one value."""
     return value.detach() if isinstance(value, torch.Tensor) else value
-
-
-def _set_to_stand_ins(module: nn.Module) -> Iterator[tuple[str, FakeTensor]]:
-    """The attributes that the call set to a tensor of its own."""
-    spaces = [module.__dict__, *(module.__dict__[table] for table in ("_parameters", "_buffers"))]
-    for name, value in [item for space in spaces for item in space.items()]:
-        if isinstance(value, FakeTensor):
-            yield name, value
-
-
-def _put_back(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    store = store_of(module, name)
-    space = module.__dict__ if store in (None, "__dict__") else module.__dict__[str(store)]
-    space[name] = value

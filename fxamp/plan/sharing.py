@@ -9,6 +9,7 @@ A write to a value ends sharing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
@@ -159,8 +160,23 @@ class Sharing:
 
 
 def _may_be_a_view(node: fx.Node, call: Call) -> bool:
+    if call.aten and _gives_new_tensors(call.aten):
+        return False
     kind = output_kind(call.aten, node.target, node.args, node.kwargs) if call.aten else None
     return kind in (None, "first")
+
+
+@functools.cache
+def _gives_new_tensors(aten: str) -> bool:
+    """Whether no overload of an operator gives a view, by its schema; one made of others may give an input back."""
+    packet = getattr(torch.ops.aten, aten, None)
+    overloads = [getattr(packet, name) for name in packet.overloads()] if packet is not None else []
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return bool(overloads) and not any(
+        overload.has_kernel_for_dispatch_key(composite)
+        or any(result.alias_info is not None and not result.alias_info.is_write for result in overload._schema.returns)
+        for overload in overloads
+    )
 
 
 def _is_torchs(module: nn.Module) -> bool:

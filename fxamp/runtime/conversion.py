@@ -313,19 +313,7 @@ class Conversion:
             (mode, replace(v.traced, graph=pack(v.traced.graph), given=None), v.plan, pack(v.graph), v.observed)
             for mode, v in self.variants
         ]
-        names = (
-            "program",
-            "asked",
-            "stages",
-            "policy",
-            "mode",
-            "layout",
-            "by_example",
-            "scaler",
-            "dtypes",
-            "frozen",
-            "note",
-        )
+        names = "program asked stages policy mode layout by_example scaler dtypes frozen note".split()
         return {"variants": variants, **{name: getattr(self, name) for name in names}}
 
     @staticmethod
