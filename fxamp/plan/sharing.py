@@ -170,7 +170,8 @@ def _may_be_a_view(node: fx.Node, call: Call) -> bool:
 def _gives_new_tensors(aten: str) -> bool:
     """Whether no overload of an operator gives a view, by its schema; one made of others may give an input back."""
     packet = getattr(torch.ops.aten, aten, None)
-    overloads = [getattr(packet, name) for name in packet.overloads()] if packet is not None else []
+    every = [getattr(packet, name) for name in packet.overloads()] if packet is not None else []
+    overloads = [overload for overload in every if torch._C._dispatch_has_kernel(overload.name())]
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
     return bool(overloads) and not any(
         overload.has_kernel_for_dispatch_key(composite)
