@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,6 +112,49 @@ def test_a_module_with_hooks_is_not_run_for_that() -> None:
     model.head.register_forward_hook(lambda *_: seen.append(1))
     fxamp.convert(model, dtype=BF16, example_inputs=(torch.randn(3, 4),))
     assert not seen
+
+
+TABLES: dict[int, Tensor] = {}
+
+
+def from_a_dict(size: int) -> Tensor:
+    if size not in TABLES:
+        TABLES[size] = torch.arange(size).float()
+    return TABLES[size]
+
+
+@functools.lru_cache
+def from_a_cache(size: int) -> Tensor:
+    return torch.arange(size).float()
+
+
+class Tabled(nn.Module):
+    """One call, as it unpacks what it is given."""
+
+    def __init__(self, table: Any) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, shape: Any) -> Any:
+        _, size = shape
+        return self.table(size)
+
+
+class Added(nn.Module):
+    def __init__(self, table: Any) -> None:
+        super().__init__()
+        self.fc, self.part = nn.Linear(4, 4), Tabled(table)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(x) + self.part(x.shape)
+
+
+@pytest.mark.parametrize("table", [from_a_dict, from_a_cache])
+def test_caches_of_the_users_code_keep_no_fake_tensor(table: Any) -> None:
+    model, x = Added(table), torch.randn(2, 4)
+    amp = fxamp.convert(model, dtype=BF16, example_inputs=(x,))
+    for call in (amp, model):
+        assert type(call(x)) is Tensor
 
 
 class Masked(nn.Module):

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from fxamp.capture.arguments import map_leaves
 from fxamp.capture.away import cast_all, prepared
 from fxamp.capture.builtins import plain_builtins
+from fxamp.capture.caches import note_run
 from fxamp.capture.calls import MODE_CALLS, has_hooks, set_objects
 from fxamp.capture.clone import clone_tree
 from fxamp.capture.gradients import GradModes
@@ -88,8 +89,7 @@ class Facts:
         real: the examples as they are.
         tells_sizes, tells_data: as asked for.
         running: whether a call is being run right now.
-        told_dtypes: whether anything was told that follows from the dtypes of values.
-        told_grads: whether anything was told that follows from the grad mode.
+        told_dtypes, told_grads: whether anything was told that follows from the dtypes of values, from the grad mode.
     """
 
     def __init__(
@@ -312,6 +312,7 @@ def run_on_fakes(module: nn.Module, args: Any, kwargs: Mapping[str, Any], fake: 
     """
     if any(map(has_hooks, module.modules())):
         raise NotImplementedError("hooks are the user's, and not run here")
+    note_run(module)
     module = clone_tree(module)
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     fakes = {name: fake(tensor) for name, tensor in state.items()}

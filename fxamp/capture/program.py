@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from fxamp.capture.caches import forgetting_fakes
 from fxamp.capture.calls import has_hooks
 from fxamp.capture.clone import clone_trees
 from fxamp.capture.facts import Facts, gpu_is_away
@@ -192,7 +193,7 @@ class Program(Traces):
         Raises:
             CaptureError: when the model's or the loss's own code cannot be traced, with the user's line.
         """
-        with self.in_mode(setting.training):
+        with self.in_mode(setting.training), forgetting_fakes():
             if examples is None:
                 return self._once_settled(lambda: self._trace(layout, setting, lambda: None))
             return self._by_frontends(layout, setting, examples, data=data)

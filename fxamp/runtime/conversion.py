@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from fxamp.capture import Layout, Program, Setting, Traced, grad_mode, values_of
+from fxamp.capture.caches import forgetting_fakes
 from fxamp.errors import CaptureError, PolicyError, nearest
 from fxamp.plan.rules import check_overridable
 from fxamp.policy import Policy
@@ -163,7 +164,7 @@ class Conversion:
         return self._planned(mode, traced, examples)
 
     def _planned(self, mode: str, traced: Traced, examples: list[Any] | None) -> Variant:
-        with torch.inference_mode(False), self.program.in_mode(self.program.flags(mode)):
+        with torch.inference_mode(False), self.program.in_mode(self.program.flags(mode)), forgetting_fakes():
             observed = examples if traced.fits is None else None
             plan = self.stages.plan(self.program, traced, self.policy, mode, examples)
             return Variant.of(self.program, traced, plan, self.stages.rewrite(traced, plan), observed)
