@@ -30,9 +30,10 @@ def rows() -> list[Any]:
 
 
 @pytest.mark.parametrize("name", rows())
-def test_converted_is_bitwise_eager_autocast(name: str) -> None:
-    known = {**REFUSED["convert"], **DIFFERENT["convert"]}.get(name)
-    found = outcome(expected(CASES[name]), "convert")
+@pytest.mark.parametrize("frontend", ["convert", "backend"])
+def test_it_is_bitwise_eager_autocast(name: str, frontend: str) -> None:
+    known = {**REFUSED[frontend], **DIFFERENT[frontend]}.get(name)
+    found = outcome(expected(CASES[name]), frontend)
     if known is None:
         assert found is None
     else:
