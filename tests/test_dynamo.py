@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -273,6 +274,34 @@ def test_conditions_on_sizes_are_checked_at_every_call(by_dynamo: None) -> None:
     amp = fxamp.convert(copy.deepcopy(model), dtype=BF16, example_inputs=(torch.randn(3, 4),))
     for size in (3, 5, 4, 8, 10, 12, 1):
         same(model, amp, torch.randn(size, 4))
+
+
+def test_a_number_is_not_a_size_of_the_same_value(by_dynamo: None) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, times: int) -> Tensor:
+            return self.fc(x).expand(times, x.shape[0], 4) * x.shape[0]
+
+    model = Scaled()
+    amp = fxamp.convert(copy.deepcopy(model), dtype=BF16, example_inputs=(torch.randn(3, 4), 3))
+    for size, times in ((3, 3), (5, 3), (3, 2), (5, 2)):
+        same(model, amp, torch.randn(size, 4), times)
+
+
+def test_an_object_that_is_given_is_not_frozen(by_dynamo: None) -> None:
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, given: Any) -> Tensor:
+            return self.fc(given.x)
+
+    with pytest.raises(fxamp.CaptureError, match="is given an object of type SimpleNamespace"):
+        fxamp.convert(Given(), example_inputs=(SimpleNamespace(x=torch.randn(3, 4)),))
 
 
 def test_a_model_that_asks_for_dtypes_finds_those_of_autocast(by_dynamo: None) -> None:

@@ -104,9 +104,12 @@ class DynamoTracer(ReadingTracer):
         placeholders = [self.create_node("placeholder", name, (), {}) for name in entry.names()]
         given = [_alias(value, dynamic=self._dynamic) for value in values]
         arguments = entry.arguments(*given)
-        self._inputs = {id(value): node for value, node in zip(given, placeholders, strict=True)}
         for node, value in zip(placeholders, given, strict=True):
+            if not isinstance(value, torch.Tensor | int | float | complex | str):
+                raise TraceError(f"is given {describe(value)}, and what a graph reads in it would be frozen")
             node.meta["told"] = told(value)
+            if isinstance(value, torch.Tensor):
+                self._inputs[id(value)] = node
         before = {path: python_state(module) for path, module in self._by_path.items()}
         held, tensors = Contents(*arguments), OwnTensors(self._by_path.values())
         try:
@@ -215,8 +218,8 @@ class DynamoTracer(ReadingTracer):
     # -- what the graph is for ---------------------------------------------------------------------------
 
     def _fits(self, names: Sequence[str], given: Sequence[Any]) -> Fits:
-        shapes = dict(self._shapes())
-        kinds = [kind_of(value, shapes.get(self._inputs[id(value)])) for value in given]
+        shapes: dict[fx.Node | None, Sequence[Any]] = dict(self._shapes())
+        kinds = [kind_of(value, shapes.get(self._inputs.get(id(value)))) for value in given]
         symbols = {size for kind in kinds if isinstance(kind, Kind) for size in kind.sizes if isinstance(size, str)}
         examples = (node.meta.get("example_value") for node in self._sources)
         mode = next((value.fake_mode for value in examples if isinstance(value, FakeTensor)), None)
