@@ -37,6 +37,23 @@ class WithConfig(nn.Module):
         return self.fc(x) * (2 if self.config.kind == "regression" else 3)
 
 
+class ByDtype(WithConfig):
+    """As transformers does: only the first call looks at the dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.config.kind is None:
+            self.config.kind = "regression" if x.dtype == torch.float32 else "classes"
+        return self.fc(x) * (2 if self.config.kind == "regression" else 3)
+
+
+def test_what_is_settled_by_what_it_is_given() -> None:
+    model, x = ByDtype(), torch.randn(2, 4)
+    amp = fxamp.convert(model, dtype=BF16, example_inputs=(x,))
+    assert model.config.kind is None
+    with torch.autocast("cpu", BF16):
+        assert_same(amp(x), model(x))
+
+
 @pytest.mark.parametrize("examples", [False, True])
 def test_what_a_forward_settles_at_its_first_call_is_settled(examples: bool) -> None:
     model = WithConfig()

@@ -28,7 +28,7 @@ from fxamp.capture.paths import free_name, paths_of
 from fxamp.capture.setting import Setting, Traced
 from fxamp.capture.signature import CallSignature, Layout
 from fxamp.capture.state import kept_objects
-from fxamp.capture.surroundings import StateChangedError, modes
+from fxamp.capture.surroundings import StateChangedError, calls_of, modes
 from fxamp.capture.tracer import THIS, WHOLE
 from fxamp.capture.traces import Traces
 from fxamp.errors import CaptureError
@@ -250,7 +250,7 @@ class Program(Traces):
                 if not isinstance(changed, StateChangedError):
                     raise
                 found = attempt()
-                if str(found.graph) != changed.graph:
+                if calls_of(found.graph) != changed.calls:
                     raise
                 return found
 

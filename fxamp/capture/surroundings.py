@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Final
 
@@ -13,13 +13,15 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
+from fxamp.capture.arguments import map_leaves
+from fxamp.capture.calls import expect
 from fxamp.capture.outside import Outside
 from fxamp.capture.patches import mode_of, set_mode
 from fxamp.capture.regions import autocast_as, is_device_type
 from fxamp.capture.setting import Ambient
 from fxamp.capture.state import python_state
 
-__all__ = ["StateChangedError", "autocast_answers", "changed_modules", "check_root", "modes", "put_back"]
+__all__ = ["StateChangedError", "autocast_answers", "calls_of", "changed_modules", "check_root", "modes", "put_back"]
 
 _QUESTIONS: Final = tuple(
     name
@@ -113,16 +115,28 @@ def _is_settled(module: nn.Module, name: str) -> bool:
 
 
 class StateChangedError(TraceError):
-    """The model itself changed its state; ``graph`` is what was traced all the same."""
+    """The model itself changed its state; ``calls`` is what was traced all the same."""
 
-    def __init__(self, what: str, graph: str) -> None:
+    def __init__(self, what: str, calls: Sequence[Any]) -> None:
         super().__init__(what)
-        self.graph = graph
+        self.calls = calls
+
+
+def calls_of(graph: fx.Graph) -> Sequence[Any]:
+    """What a graph computes, whatever its nodes are called and whatever it asks about the way."""
+    needed: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        # A module may do anything; torch.fx asks the owner of the graph about it, and there is none yet.
+        counts = node.op == "call_module" or (node.target is not expect and node.is_impure())
+        if counts or not needed.isdisjoint(node.users):
+            needed.add(node)
+    place = {node: f"%{i}" for i, node in enumerate(node for node in graph.nodes if node in needed)}
+    return [(n.op, n.target, str(map_leaves((n.args, n.kwargs), fx.Node, place.__getitem__))) for n in place]
 
 
 def check_root(changed: Mapping[str, str], drawn: torch.Tensor, graph: fx.Graph) -> None:
     """Raises TraceError when the model itself changed its state, or torch's random numbers were drawn."""
     if "" in changed:
-        raise StateChangedError(changed[""], str(graph))
+        raise StateChangedError(changed[""], calls_of(graph))
     if not torch.equal(torch.get_rng_state(), drawn):
         raise TraceError("draws random numbers on its own, which a graph would freeze")
