@@ -21,6 +21,8 @@ REFUSED: dict[str, dict[str, str]] = {
         "transformers/time series transformer": WHOLE,
         "transformers/informer": WHOLE,
         "torch_geometric/RGCNConv": WHOLE,
+        "torchdiffeq/rk4": WHOLE,
+        "torchdiffeq/dopri5": WHOLE,
     },
     "backend": {
         "transformers/deberta": "without overflow",
