@@ -32,9 +32,7 @@ REFUSED: dict[str, dict[str, str]] = {
 # What Dynamo makes of these is not the model to the last bit, under torch.compile(backend="eager") neither.
 EMBEDDING = "embed_tokens.weight: bits differ"
 DIFFERENT: dict[str, dict[str, str]] = {
-    "convert": {
-        "transformers/mixtral": EMBEDDING,
-    },
+    "convert": {},
     "backend": {
         **dict.fromkeys(
             (f"transformers/{name}" for name in (
