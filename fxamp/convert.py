@@ -48,7 +48,9 @@ def convert(
             ``amp(*inputs, *loss_args)`` returns ``(loss, output)``: the required arguments of the model come
             first, then the loss's, and everything optional goes by keyword.
         example_inputs: a tuple of positional inputs, or ``(args, kwargs)``, of the combined signature. Not
-            needed for what ``torch.fx`` can trace; with it dtypes are known and not derived. Nothing is computed.
+            needed for what ``torch.fx`` can trace; with it dtypes are known and not derived, branches may go by what is
+            given, and Dynamo captures the rest. Only where a part goes by data that it computes is the model run
+            once, on copies.
         dtype: ``torch.float16`` or ``torch.bfloat16``; default ``torch.get_autocast_dtype(device_type)``.
         device_type: whose rules to follow, "cuda" or "cpu"; default: where the model is, also after ``.to()``.
             A graph for the GPU can be made and read without one.
