@@ -17,11 +17,11 @@ from torch import fx
 from fxamp.compiling.graphs import converted, device_type_of, module_of, title_of
 from fxamp.compiling.running import around_a_call, inner_backend, without_autocast
 from fxamp.compiling.surrounding import backend_of, surround_calls
-from fxamp.dtypes import check_low_dtype
 from fxamp.errors import FxampError, PolicyError, describe, nearest
 from fxamp.insight import Report, report_of
 from fxamp.plan.trials import AutocastFailsError
 from fxamp.policy import DEVICE_TYPES, Policy
+from fxamp.runtime.asked import Asked
 
 __all__ = ["Backend", "backend", "for_name", "hand_on_calls", "reports"]
 
@@ -112,13 +112,7 @@ def backend(
         >>> compiled(torch.zeros(2, 8)).dtype
         torch.bfloat16
     """
-    if device_type is not None and device_type not in DEVICE_TYPES:
-        raise PolicyError(
-            f"unknown device_type {device_type!r}: expected one of {', '.join(DEVICE_TYPES)}",
-            hint=f"write device_type={(nearest(str(device_type).partition(':')[0], DEVICE_TYPES) or 'cpu')!r}",
-        )
-    if dtype is not None:
-        check_low_dtype(dtype)
+    asked = Asked.of(policy, device_type, dtype)
     if not callable(inner) and inner not in ("eager", *torch.compiler.list_backends(exclude_tags=())):
         known = torch.compiler.list_backends()
         raise PolicyError(
@@ -126,7 +120,7 @@ def backend(
             hint=f"write inner={nearest(str(inner), (*known, 'eager')) or 'eager'!r}",
         )
     hand_on_calls()
-    return Backend(Policy.of(policy), dtype, device_type, inner)
+    return Backend(asked.policy, dtype, device_type, inner)
 
 
 def reports(compiled: Any) -> list[Report]:

@@ -14,14 +14,13 @@ from torch.nn.parameter import is_lazy
 from fxamp.capture import Layout, Program, Traced
 from fxamp.capture.clone import is_compiled
 from fxamp.capture.facts import gpu_is_away
-from fxamp.dtypes import check_low_dtype
-from fxamp.errors import CaptureError, FxampError, PolicyError, describe, nearest
+from fxamp.errors import CaptureError, FxampError, describe
 from fxamp.insight import report_of
 from fxamp.plan import PrecisionPlan, make_plan
 from fxamp.plan.observer import FakeObserver
 from fxamp.plan.recorded import RecordedObserver
 from fxamp.plan.trials import AutocastFailsError
-from fxamp.policy import DEVICE_TYPES, Policy, Ruling
+from fxamp.policy import Policy, Ruling
 from fxamp.rewrite import fold_weight_casts, insert_casts, verify
 from fxamp.runtime import AmpModule, Asked, Conversion, Stages
 from fxamp.runtime.checks import not_a_scalar
@@ -68,7 +67,7 @@ def convert(
         >>> amp(torch.zeros(2, 8)).dtype
         torch.bfloat16
     """
-    asked = _asked(policy, device_type, dtype)
+    asked = Asked.of(policy, device_type, dtype)
     refused = _not_a_model(model) or _not_a_loss(loss)
     if refused is not None:
         raise refused
@@ -107,8 +106,7 @@ def _plan(program: Program, traced: Traced, policy: Policy, mode: str, examples:
     rulings = _rulings(program, policy)
     observer: FakeObserver | RecordedObserver | None = None
     if traced.fits is not None:
-        plain = policy.name == "autocast" and not policy.ops and not policy.modules
-        observer = RecordedObserver(exact=plain and not gpu_is_away(policy.device_type or "cpu"))
+        observer = RecordedObserver(policy, under_autocast=not gpu_is_away(policy.device_type or "cpu"))
     elif examples is not None:
         observer = FakeObserver(program.attribute, traced.graph, examples, policy.device_type or "cpu")
     plan = make_plan(traced.graph, program.attribute, policy, rulings, mode=mode, observer=observer)
@@ -155,17 +153,6 @@ def _freeze(conversion: Conversion) -> dict[str, tuple[str, torch.dtype]]:
 
 
 _STAGES = Stages(_plan, _rewrite, report_of, _freeze)
-
-
-def _asked(policy: str | Policy, device_type: str | None, dtype: torch.dtype | None) -> Asked:
-    if device_type is not None and device_type not in DEVICE_TYPES:
-        raise PolicyError(
-            f"unknown device_type {device_type!r}: expected one of {', '.join(DEVICE_TYPES)}",
-            hint=f"write device_type={(nearest(str(device_type).partition(':')[0], DEVICE_TYPES) or 'cpu')!r}",
-        )
-    if dtype is not None:
-        check_low_dtype(dtype)
-    return Asked(Policy.of(policy), device_type, dtype)
 
 
 def _not_a_model(model: Any) -> CaptureError | None:

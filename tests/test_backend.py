@@ -212,7 +212,6 @@ def test_a_module_compiled_in_place() -> None:
     x = torch.randn(4, 8)
     with torch.autocast("cpu", BF16):
         assert_same(model(x), expected(x))
-    assert_same(model(x), model(x))
     assert len(fxamp.reports(model)) == 1
 
 

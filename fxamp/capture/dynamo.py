@@ -32,7 +32,7 @@ from fxamp.capture.reading import ReadingTracer
 from fxamp.capture.regions import autocast_as
 from fxamp.capture.setting import Ambient, Setting, Traced
 from fxamp.capture.signature import Layout
-from fxamp.capture.sizes import condition, kind_of
+from fxamp.capture.sizes import condition, kind_of, may_change
 from fxamp.capture.state import python_state
 from fxamp.capture.surroundings import changed_modules
 from fxamp.errors import describe
@@ -287,16 +287,9 @@ def _alias(value: Any, *, dynamic: bool) -> Any:
     if type(value) not in (torch.Tensor, nn.Parameter):
         return value
     alias = value.detach().requires_grad_(value.requires_grad)
-    for dim in _may_change(alias) if dynamic else ():
+    for dim in may_change(alias) if dynamic else ():
         torch._dynamo.maybe_mark_dynamic(alias, dim)
     return alias
-
-
-def _may_change(value: torch.Tensor) -> Sequence[int]:
-    """The sizes that are symbols: those of batches and sequences. With all of them, Dynamo takes minutes for images."""
-    if not value.is_floating_point():
-        return range(value.dim())
-    return (0, 1) if value.dim() == 3 else (0,) if value.dim() else ()
 
 
 def _stand_in(value: Any) -> Any:

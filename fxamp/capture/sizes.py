@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 from fxamp.capture.fits import Kind
 
-__all__ = ["condition", "kind_of", "written"]
+__all__ = ["condition", "kind_of", "may_change", "written"]
 
 
 def condition(mode: FakeTensorMode | None, symbols: Collection[str]) -> str | None:
@@ -31,6 +31,13 @@ def condition(mode: FakeTensorMode | None, symbols: Collection[str]) -> str | No
         if expression.free_symbols and not unknown:
             conditions[written(expression)] = None
     return " and ".join(f"({each})" for each in conditions) or "True"
+
+
+def may_change(value: torch.Tensor) -> Sequence[int]:
+    """The sizes that are symbols: those of batches and sequences. With all of them, Dynamo takes minutes for images."""
+    if not value.is_floating_point():
+        return range(value.dim())
+    return (0, 1) if value.dim() == 3 else (0,) if value.dim() else ()
 
 
 def kind_of(value: Any, shape: Sequence[Any] | None) -> Any:

@@ -43,8 +43,7 @@ def converted(
     def attribute(path: str) -> Any:
         return weights[path] if path in weights else operator.attrgetter(path)(gm)
 
-    exact = _is_on(policy) and policy.name == "autocast" and not policy.ops and not policy.modules
-    observer = RecordedObserver(exact=exact)
+    observer = RecordedObserver(policy, under_autocast=_is_on(policy))
     plan = make_plan(graph, attribute, policy, _rulings(graph, policy), mode="compiled", observer=observer)
     result = insert_casts(graph, plan)
     verify(result, graph, plan)

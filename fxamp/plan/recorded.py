@@ -14,6 +14,7 @@ from fxamp.dtypes import is_castable
 from fxamp.plan.decision import Decision
 from fxamp.plan.flow import NOT_A_TENSOR, Flow, Value
 from fxamp.plan.trials import check_numbers
+from fxamp.policy import Policy
 
 __all__ = ["RecordedObserver"]
 
@@ -22,11 +23,13 @@ class RecordedObserver:
     """Tells what Dynamo found.
 
     Args:
-        exact: whether it looked under the autocast that is planned for; else only what comes in is told.
+        policy: that is planned for.
+        under_autocast: whether the graph was captured under the autocast of the policy. If not, or if the policy
+            decides otherwise than autocast, only what comes in is told.
     """
 
-    def __init__(self, *, exact: bool) -> None:
-        self._exact = exact
+    def __init__(self, policy: Policy, *, under_autocast: bool) -> None:
+        self._exact = under_autocast and policy.name == "autocast" and not policy.ops and not policy.modules
         self._forgotten = False
 
     def flow(self, node: fx.Node, decision: Decision) -> Flow | None:

@@ -10,9 +10,10 @@ import torch
 from torch import fx, nn
 
 from fxamp.capture import Ambient, Layout, Program, Setting, Traced, grad_mode
-from fxamp.errors import CaptureError
+from fxamp.dtypes import check_low_dtype
+from fxamp.errors import CaptureError, PolicyError, nearest
 from fxamp.plan import PrecisionPlan
-from fxamp.policy import Policy
+from fxamp.policy import DEVICE_TYPES, Policy
 
 __all__ = ["Asked", "Stages", "ambient_of", "base_layout", "dtypes_of", "mode_of"]
 
@@ -39,6 +40,23 @@ class Asked:
     policy: Policy
     device_type: str | None = None
     dtype: torch.dtype | None = None
+
+    @staticmethod
+    def of(policy: str | Policy, device_type: str | None, dtype: torch.dtype | None) -> Asked:
+        """What was asked for, once it is known to exist.
+
+        Raises:
+            PolicyError: for an unknown policy, device type or dtype.
+        """
+        if device_type is not None and device_type not in DEVICE_TYPES:
+            close = nearest(str(device_type).partition(":")[0], DEVICE_TYPES) or "cpu"
+            raise PolicyError(
+                f"unknown device_type {device_type!r}: expected one of {', '.join(DEVICE_TYPES)}",
+                hint=f"write device_type={close!r}",
+            )
+        if dtype is not None:
+            check_low_dtype(dtype)
+        return Asked(Policy.of(policy), device_type, dtype)
 
     def resolve(self, tree: nn.Module) -> Policy:
         """The policy for the device that the model is on, unless one was asked for."""
