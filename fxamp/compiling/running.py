@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxamp.policy import DEVICE_TYPES
-from fxamp.runtime.casts import HELD, Held
+from fxamp.runtime.weights import HELD, Held
 
 __all__ = ["around_a_call", "inner_backend", "without_autocast"]
 

@@ -1,7 +1,8 @@
 """Plan to casts in a graph, and the laws that every rewritten graph keeps."""
 
 from fxamp.rewrite.freeze import fold_weight_casts
+from fxamp.rewrite.grouping import group_weight_casts
 from fxamp.rewrite.insert import insert_casts
 from fxamp.rewrite.verify import verify
 
-__all__ = ["fold_weight_casts", "insert_casts", "verify"]
+__all__ = ["fold_weight_casts", "group_weight_casts", "insert_casts", "verify"]

@@ -18,7 +18,8 @@ from fxamp.dtypes import abbreviate
 from fxamp.plan import Cast, Decision, PrecisionPlan, argument_keys, argument_nodes
 from fxamp.policy.operators import argument_places, optional_tensors
 from fxamp.policy.order import casts_last_argument_first
-from fxamp.runtime.casts import AmbientCall, DtypeCall, ModuleCall, PromoteCall, cast_weight, leaf_cast, soft_cast
+from fxamp.runtime.casts import AmbientCall, DtypeCall, ModuleCall, PromoteCall, soft_cast
+from fxamp.runtime.weights import cast_weight, leaf_cast
 
 __all__ = ["insert_casts"]
 

@@ -6,13 +6,16 @@ error of fxamp's own, so the message names the node for a report.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import fx
 
 from fxamp.dtypes import is_castable
 from fxamp.errors import VerifyError
 from fxamp.plan import Cast, Decision, PrecisionPlan, argument_nodes, tensors_in
+from fxamp.runtime.weights import WeightCasts
 
 __all__ = ["verify"]
 
@@ -40,13 +43,14 @@ Finding = tuple[str, str]
 
 
 def _own_nodes_stay(graph: fx.Graph, traced: fx.Graph, plan: PrecisionPlan) -> Iterator[Finding]:
-    """Every call of the model's is there, once and in order."""
-    kept = [node.name for node in graph.nodes if "cast" not in node.meta and not node.meta.get("module_of")]
-    for name, expected in zip(kept, [node.name for node in traced.nodes], strict=False):
+    """Every call of the model's is there, once and in order; a weight may be read earlier."""
+    own = [node for node in graph.nodes if "cast" not in node.meta and not node.meta.get("module_of")]
+    kept = [node.name for node in own if node.op != "get_attr"]
+    for name, expected in zip(kept, [node.name for node in traced.nodes if node.op != "get_attr"], strict=False):
         if name != expected:
             yield expected, f"found '{name}' in its place"
-    if len(kept) != len(traced.nodes):
-        yield kept[-1], f"{len(traced.nodes)} calls were traced and {len(kept)} are left"
+    if len(own) != len(traced.nodes):
+        yield own[-1].name, f"{len(traced.nodes)} calls were traced and {len(own)} are left"
 
 
 def _casts_as_planned(graph: fx.Graph, traced: fx.Graph, plan: PrecisionPlan) -> Iterator[Finding]:
@@ -73,11 +77,20 @@ def _casts_as_planned(graph: fx.Graph, traced: fx.Graph, plan: PrecisionPlan) ->
 def _casts(node: fx.Node, cast: Cast) -> bool:
     """Whether a node casts what was planned to what was planned, or is the cast that it shares."""
     made = node.meta.get("cast")
-    if made is None or len(node.args) < 2 or node.args[1] != cast.dtype or made.dtype != cast.dtype:
+    source, dtype = _source_and_dtype(node)
+    if made is None or dtype != cast.dtype or made.dtype != cast.dtype:
         return False
-    source = node.args[0]
     same = isinstance(source, fx.Node) and source.name == cast.value
     return same or (bool(cast.share) and made.share == cast.share)
+
+
+def _source_and_dtype(node: fx.Node) -> tuple[Any, Any]:
+    """What a node casts, and to what."""
+    group: Any = node.args[0] if node.target is operator.getitem else None
+    if isinstance(group, fx.Node) and isinstance(group.target, WeightCasts):
+        index: Any = node.args[1]
+        return group.args[index], group.target.dtype
+    return node.args[:2] if len(node.args) > 1 else (None, None)  # type: ignore[return-value]
 
 
 def _only_castable(graph: fx.Graph, traced: fx.Graph, plan: PrecisionPlan) -> Iterator[Finding]:

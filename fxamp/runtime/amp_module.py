@@ -21,13 +21,14 @@ from fxamp.capture.packing import pack_graph, unpack_graph
 from fxamp.errors import FxampError
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
-from fxamp.runtime.casts import HELD, AmbientCall, Held, execution_device_type, leaf_cast
+from fxamp.runtime.casts import AmbientCall, execution_device_type
 from fxamp.runtime.checkpoints import CheckpointedModule
 from fxamp.runtime.checks import check_loss, other_mode
 from fxamp.runtime.conversion import Conversion
 from fxamp.runtime.inspection import Inspection
 from fxamp.runtime.scaler import GradScaler
 from fxamp.runtime.variant import Variant
+from fxamp.runtime.weights import HELD, Held, leaf_cast
 
 __all__ = ["AmpModule", "inspect"]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxamp.capture import Ambient, Layout, Program, Setting, Traced, grad_mode
+from fxamp.capture import Ambient, Layout, Program, Setting, grad_mode
 from fxamp.dtypes import check_low_dtype
 from fxamp.errors import CaptureError, PolicyError, nearest
 from fxamp.plan import PrecisionPlan
@@ -28,7 +28,7 @@ class Stages(NamedTuple):
     """
 
     plan: Callable[..., PrecisionPlan]
-    rewrite: Callable[[Traced, PrecisionPlan], fx.Graph]
+    rewrite: Callable[..., fx.Graph]
     report: Callable[..., Any]
     freeze: Callable[..., dict[str, tuple[str, torch.dtype]]]
 

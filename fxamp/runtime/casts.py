@@ -1,7 +1,7 @@
 """The functions that a converted graph calls.
 
-A cast whose input dtype is known is plain ``Tensor.to``. The rest is here: casts that look at the
-dtype first, weight casts that can be held across forwards, and calls that autocast decides about.
+A cast whose input dtype is known is plain ``Tensor.to``, and those of weights are in ``weights``. The rest is here:
+casts that look at the dtype first, and calls that autocast decides about.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -23,36 +23,13 @@ from fxamp.errors import CaptureError
 from fxamp.policy.order import casts_last_argument_first
 
 __all__ = [
-    "HELD",
     "AmbientCall",
     "DtypeCall",
-    "Held",
     "ModuleCall",
     "PromoteCall",
-    "cast_weight",
     "execution_device_type",
-    "leaf_cast",
     "soft_cast",
 ]
-
-Copies = dict[tuple[int, torch.dtype, int, int], tuple[torch.Tensor, int, torch.Tensor]]
-
-Traced = list[tuple[torch.Tensor, tuple[torch.dtype, int, int], torch.Tensor]]
-
-
-class Held(NamedTuple):
-    """Low copies that outlive one cast: of weights and of other tensors, by identity and dtype.
-
-    ``compiling`` is None, or has all of them in a forward that torch.compile traces: it knows no identity but ``is``.
-    """
-
-    weights: Copies
-    others: Copies
-    compiling: Traced | None = None
-
-
-# One entry for each forward that is running and shares casts at run time.
-HELD: list[Held] = []
 
 _epoch = [-1]  # of the opaque call that ran last
 
@@ -75,56 +52,6 @@ def soft_cast(value: Any, dtype: torch.dtype) -> Any:
         items = [soft_cast(item, dtype) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
-
-
-def leaf_cast(value: Any, dtype: torch.dtype, epoch: int = -1, writes: int = 0) -> Any:
-    """The cast of a value that may be a leaf of autograd, or autocast's kept copy of it.
-
-    autocast keeps the low copy of a float32 leaf and casts anything else again; for a tensor without
-    gradient the two are the same. A tensor that was written to since is cast again (``writes`` counts what the graph
-    itself writes, which through ``.data`` leaves no trace), and so is one in another ``epoch``: autocast empties its
-    cache when the outermost region ends.
-    """
-    if not isinstance(value, torch.Tensor) or not HELD or value.dtype != torch.float32:
-        return soft_cast(value, dtype)
-    compiling = HELD[-1].compiling
-    if compiling is not None:
-        return _kept_compiling(compiling, value, (dtype, epoch, writes)) if value.is_leaf else value.to(dtype)
-    if (value.requires_grad and (not value.is_leaf or value._is_view())) or value.is_inference():
-        return value.to(dtype)
-    held = HELD[-1]
-    copies = held.weights if isinstance(value, torch.nn.Parameter) else held.others
-    return _kept(copies, value, dtype, epoch, writes)
-
-
-def cast_weight(weight: torch.Tensor, dtype: torch.dtype, epoch: int = -1, writes: int = 0) -> torch.Tensor:
-    """The weight in the low dtype: cast now, or the copy that ``hold_weights`` keeps."""
-    if not HELD:
-        return weight.to(dtype)
-    compiling = HELD[-1].compiling
-    if compiling is not None:
-        return _kept_compiling(compiling, weight, (dtype, epoch, writes))
-    return _kept(HELD[-1].weights, weight, dtype, epoch, writes)
-
-
-def _kept(copies: Copies, value: torch.Tensor, dtype: torch.dtype, epoch: int, writes: int) -> torch.Tensor:
-    kept = copies.get((id(value), dtype, epoch, writes))
-    version = -1 if value.is_inference() else value._version
-    if kept is None or kept[1] != version:
-        # With gradients, whatever the mode: a later use may be in another.
-        with torch.inference_mode(False), torch.enable_grad():
-            kept = copies[id(value), dtype, epoch, writes] = (value, version, value.to(dtype))
-    return kept[2]
-
-
-def _kept_compiling(copies: Traced, value: torch.Tensor, key: tuple[torch.dtype, int, int]) -> torch.Tensor:
-    for known, made, low in copies:
-        if known is value and made == key:
-            return low
-    with torch.enable_grad():
-        low = value.to(key[0])
-    copies.append((value, key, low))
-    return low
 
 
 def execution_device_type(device_type: str) -> str:

@@ -19,6 +19,7 @@ from torch import fx
 from fxamp.capture import Layout, Program, Setting, Traced, grad_mode, values_of
 from fxamp.capture.caches import forgetting_fakes
 from fxamp.errors import CaptureError, PolicyError, nearest
+from fxamp.plan import PrecisionPlan
 from fxamp.plan.rules import check_overridable
 from fxamp.policy import Policy
 from fxamp.runtime.asked import Asked, Stages, ambient_of, base_layout, dtypes_of, mode_of
@@ -96,7 +97,7 @@ class Conversion:
         known, self.traced = self.traced, []
         for mode, traced in known:
             setting = Setting(traced.modes, ambient_of(self.policy), traced.grad[0] if traced.grad else grad_mode())
-            if traced.serves(setting, self._attribute):
+            if traced.serves(setting, self.program.attribute):
                 self.traced.append((mode, traced))
             elif traced.layout == self.layout:
                 self._trace(mode, traced.layout, self._here(traced.given))
@@ -124,8 +125,8 @@ class Conversion:
         if layout == self.layout and (values is None or not self.by_example):
             values = self.examples
         for _, known in self.traced:
-            fits = known.layout == layout and known.serves(setting, self._attribute)
-            if fits and (values is None or known.goes_this_way(values, self._attribute)):
+            fits = known.layout == layout and known.serves(setting, self.program.attribute)
+            if fits and (values is None or known.goes_this_way(values, self.program.attribute)):
                 break
         else:
             with torch.inference_mode(False):  # of what is made in it, fake tensors can be no views
@@ -144,20 +145,17 @@ class Conversion:
         """A graph for such calls as a known one is for, in this mode and the current grad mode."""
         return (
             known
-            if known.serves(self._setting(mode), self._attribute)
+            if known.serves(self._setting(mode), self.program.attribute)
             else self._trace(mode, known.layout, known.given)
         )
 
     def _setting(self, mode: str) -> Setting:
         return Setting(self.program.flags(mode), ambient_of(self.policy), grad_mode())
 
-    def _attribute(self, path: str) -> Any:
-        return self.program.attribute(path)
-
     def _build(self, mode: str, traced: Traced, known: Sequence[tuple[str, Variant]]) -> Variant:
         for other, variant in known:
             if variant.traced is traced:
-                return variant if other == mode else variant.in_mode(mode, self.stages.rewrite)
+                return variant if other == mode else variant.in_mode(mode, self._rewritten)
         examples = self.examples if traced.layout == self.layout else None
         if examples is not None and traced.given is not None:
             examples = list(traced.given)
@@ -165,9 +163,12 @@ class Conversion:
 
     def _planned(self, mode: str, traced: Traced, examples: list[Any] | None) -> Variant:
         with torch.inference_mode(False), self.program.in_mode(self.program.flags(mode)), forgetting_fakes():
-            observed = examples if traced.fits is None else None
             plan = self.stages.plan(self.program, traced, self.policy, mode, examples)
-            return Variant.of(self.program, traced, plan, self.stages.rewrite(traced, plan), observed)
+            observed = examples if traced.fits is None else None
+            return Variant.of(self.program, traced, plan, self._rewritten(traced, plan), observed)
+
+    def _rewritten(self, traced: Traced, plan: PrecisionPlan) -> fx.Graph:
+        return self.stages.rewrite(self.program, traced, plan, to_freeze=self.frozen is not None)
 
     def by_rule(self, variant: Variant) -> Variant:
         """The same graph planned for inputs of any dtype."""
@@ -183,10 +184,7 @@ class Conversion:
         return found
 
     def variant_for(self, values: Mapping[str, Any], *, bake_numbers: bool = False) -> tuple[Variant, Sequence[Any]]:
-        """The graph for a call with these arguments, and the values of its placeholders.
-
-        Numbers are baked in when code branches on them.
-        """
+        """The graph for a call, and the values of its placeholders; numbers are baked in when code branches on them."""
         signature = self.program.signature
         layout, given = signature.laid_out(values, bake_numbers=bake_numbers)
         if layout not in self.refused:
@@ -268,7 +266,7 @@ class Conversion:
             torch.clear_autocast_cache()
         self.written = versions
 
-    def replanned(self, policy: Policy, program: Program | None = None) -> Conversion:
+    def replanned(self, policy: Policy, program: Program | None = None, *, freezing: bool = False) -> Conversion:
         """A conversion of the same traces under another policy, with a module tree of its own."""
         asked = replace(self.asked, policy=policy)
         if policy.device_type is not None:
@@ -285,6 +283,7 @@ class Conversion:
             traced=list(self.traced),
             scaler=GradScaler(enabled=False),
             held=None,
+            frozen={} if freezing else None,
         )
         new._finish()
         if new.scaler.is_enabled() and self.scaler.is_enabled():

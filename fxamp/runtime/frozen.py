@@ -23,7 +23,7 @@ __all__ = ["check_thawed", "frozen", "own_tensors", "refresh"]
 
 def frozen(conversion: Conversion) -> Conversion:
     """The conversion in eval mode, over tensors of its own, with its weights in the low dtype."""
-    new = conversion.replanned(conversion.policy, own_tensors(conversion.program))
+    new = conversion.replanned(conversion.policy, own_tensors(conversion.program), freezing=True)
     new.mode = "eval"
     for _, traced in list(new.traced):
         _prepare(new, traced)
