@@ -7,8 +7,9 @@ from ``rules``, what is shared from ``sharing``, what it gives back from ``resul
 from __future__ import annotations
 
 import functools
+import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import BuiltinFunctionType
 from typing import Any, Final, Protocol
@@ -22,6 +23,7 @@ from fxamp.dtypes import is_castable, promotable
 from fxamp.plan.calls import Call, argument_keys, argument_nodes, read_call
 from fxamp.plan.decision import Cast, Decision, PrecisionPlan
 from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, Value, of_object, promoted, tensors_in
+from fxamp.plan.placement import Costs, Moved, Placed, Step, place
 from fxamp.plan.results import result_of
 from fxamp.plan.rules import Rules, banned, unexpected
 from fxamp.plan.sharing import Sharing
@@ -37,8 +39,14 @@ _AUTOCAST_GIVES: Final = {"cross_entropy_loss": torch.float32}
 _REFLECTED: Final[Mapping[Any, str]] = {operator.truediv: "reciprocal", operator.sub: "rsub"}
 
 
+_NOMINAL_SIZE: Final = 1 << 20  # elements of a value of which nothing is known
+
+
 class Observer(Protocol):
     """Runs a planned call on fake tensors, so that dtypes are known and not derived."""
+
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """The shape of a node's value, when it is one tensor and known."""
 
     def flow(self, node: fx.Node, decision: Decision) -> Flow | None:
         """The flow of the node's value, or None when it could not be told."""
@@ -55,6 +63,7 @@ def make_plan(
     *,
     mode: str = "train",
     observer: Observer | None = None,
+    costs: Costs | None = None,
 ) -> PrecisionPlan:
     """The plan for one traced graph.
 
@@ -65,19 +74,27 @@ def make_plan(
         rulings: module path to the override that decides for it.
         mode: "train" or "eval", kept in the plan.
         observer: when given, says what each call gives back.
+        costs: for "fast", of casts and calls; None: the bytes that they move.
 
     Raises:
         PlanError: when the graph has an operator that autocast refuses to run.
     """
     attribute = functools.cache(attribute)  # nothing is put in the place of another while a plan is made
     unsure: frozenset[str] = frozenset()
+    placed: Mapping[str, Placed] = {}
     while True:
-        planner = _Planner(attribute, policy, rulings, observer, unsure)
+        planner = _Planner(attribute, policy, rulings, observer, unsure, placed)
         decisions = [planner.decide(node) for node in graph.nodes]
         found = frozenset(planner.reassigned(graph))
-        if found <= unsure:
-            return PrecisionPlan(policy, mode, tuple(planner.sharing.with_ambient(decisions)))
-        unsure |= found
+        if not found <= unsure:
+            unsure |= found
+        elif policy.name == "fast" and not placed:
+            placed = planner.placed(costs or Moved(), gradients=mode != "eval")
+            if not placed:
+                break
+        else:
+            break
+    return PrecisionPlan(policy, mode, tuple(planner.sharing.with_ambient(decisions)))
 
 
 class _Planner:
@@ -88,6 +105,7 @@ class _Planner:
         rulings: Mapping[str, Ruling],
         observer: Observer | None,
         unsure: frozenset[str],
+        placed: Mapping[str, Placed],
     ) -> None:
         assert policy.device_type is not None
         assert policy.dtype is not None
@@ -96,6 +114,8 @@ class _Planner:
         self._rules = Rules(policy, rulings)
         self._observer = observer
         self._unsure = unsure  # attributes that the model itself gives another dtype
+        self._placed = placed
+        self._calls: dict[fx.Node, tuple[Call | None, Decision]] = {}
         self._device_type = policy.device_type
         self._ambient = AutocastState(policy.dtype, enabled=policy.name != "full")
         self._flows: dict[fx.Node, Flow] = {}
@@ -104,7 +124,7 @@ class _Planner:
     def decide(self, node: fx.Node) -> Decision:
         if node.op in ("placeholder", "get_attr", "output"):
             blank = Decision(node.name, node.op, module=node.meta["module"], source=node.meta["source"])
-            decision = self._boundary(node, blank)
+            call, decision = None, self._boundary(node, blank)
             self.sharing.define(node)
         else:
             call = read_call(node, self._attribute)
@@ -113,7 +133,33 @@ class _Planner:
         if self._observer is not None:
             decision = decision.but(output=self._observed(self._observer, node, decision))
         self._flows[node] = decision.output
+        self._calls[node] = call, decision
         return decision
+
+    def placed(self, costs: Costs, *, gradients: bool) -> dict[str, Placed]:
+        """Where calls are to run otherwise than it was decided, so that it costs least."""
+        written = self.sharing.is_written
+        steps = [Step(node, call, decision, written(node)) for node, (call, decision) in self._calls.items()]
+        return place(
+            steps,
+            self._ambient,
+            self._device_type,
+            attribute=self._attribute,
+            size_of=self._size_of,
+            costs=costs,
+            gradients=gradients,
+        )
+
+    def _size_of(self, node: fx.Node) -> int:
+        """How many elements a value has; without shapes, what is known of its rank, and a nominal size."""
+        shape = self._observer.shape(node) if self._observer is not None else None
+        value = self._attribute(str(node.target)) if node.op == "get_attr" else None
+        if shape is not None:
+            return math.prod(shape)
+        if isinstance(value, torch.Tensor):
+            return value.numel()
+        flow = self._flows[node]
+        return 1 if isinstance(flow, Value) and flow.scalar else _NOMINAL_SIZE
 
     def _observed(self, observer: Observer, node: fx.Node, decision: Decision) -> Flow:
         if self._is_unsure(node):
@@ -160,6 +206,8 @@ class _Planner:
         state = self._state(node.meta["regions"])
         ruling = self._rules.ruling(node, call, state)
         decision = Decision(node.name, call.op, call.aten, ruling.rule, ruling.reason, state=state, **where)
+        if node.name in self._placed:
+            return self._as_placed(node, call, decision, self._placed[node.name])
         if ruling.rule == "opaque" or (not call.aten and self._rules.overridden(node) and not call.inplace):
             return self._ambient_call(node, decision)
         if ruling.rule == "banned":
@@ -167,6 +215,22 @@ class _Planner:
         if ruling.rule == "fp32_dtype":
             return self._through_dtype(node, call, decision)
         return self._through_casts(node, call, decision)
+
+    def _as_placed(self, node: fx.Node, call: Call, decision: Decision, placed: Placed) -> Decision:
+        """The call with its inputs in the dtypes that were chosen."""
+        opaque = decision.rule == "opaque"
+        if opaque:
+            decision = self._ambient_call(node, decision)
+        casts: tuple[Cast, ...] = ()
+        for i, target in enumerate(placed.wants):
+            if target is not None:
+                casts += self._casts(node, target, decision, share=not call.views, slots=(i,))
+        decision = decision.but(rule=placed.rule, reason=placed.reason, casts=casts)
+        if opaque:
+            return decision
+        cast_inputs = _after(decision, casts)
+        output = self._result(node, call, decision.inputs, cast_inputs)
+        return decision.but(runs_in=_computes_in(None, cast_inputs, output), output=output)
 
     def _state(self, regions: tuple[Region, ...]) -> AutocastState:
         if regions not in self._states:
@@ -227,10 +291,21 @@ class _Planner:
             return torch.float32, "call"
         return (low, "call") if set(dtypes) <= {low} else (None, "promote")
 
-    def _casts(self, node: fx.Node, target: torch.dtype, decision: Decision, *, share: bool = True) -> tuple[Cast, ...]:
+    def _casts(
+        self,
+        node: fx.Node,
+        target: torch.dtype,
+        decision: Decision,
+        *,
+        share: bool = True,
+        slots: Sequence[int] | None = None,
+    ) -> tuple[Cast, ...]:
+        """The casts of the inputs of a call, or of some of them, to one dtype."""
         assert decision.state is not None
         casts = []
         for slot, (source, flow) in enumerate(zip(argument_nodes(node), decision.inputs, strict=True)):
+            if slots is not None and slot not in slots:
+                continue
             wanted = [v.dtype for v in tensors_in(flow) if v.dtype is None or _casts_to(v.dtype, target)]
             if wanted:
                 soft = None in wanted or not isinstance(flow, Value)

@@ -39,6 +39,10 @@ class RecordedObserver:
             return None
         return _flow_of(node.meta["told"])
 
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        """Not told."""
+        return None
+
     def forget(self, node: fx.Node) -> None:
         """The value of a node is not to be told, nor what follows from it."""
         self._forgotten = True

@@ -118,6 +118,10 @@ class Sharing:
             return replace(cast, share=key) if static else replace(cast, leaf_only=not weight)
         return replace(cast, leaf_only=bool(self._leaves[source.name]))
 
+    def is_written(self, node: fx.Node) -> bool:
+        """Whether the memory of a value, or what may be the same memory, is written to so far."""
+        return self._writes.version(node) > 0
+
     def note_ambient(self, node: fx.Node, inputs: tuple[Flow, ...]) -> None:
         """Remembers the leaves that a call left to autocast may cast."""
         for source, flow in zip(argument_nodes(node), inputs, strict=True):

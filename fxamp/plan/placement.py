@@ -1,0 +1,326 @@
+"""In which dtype does each call run that could run in either, so that the fewest bytes move?
+
+Reads a graph and what autocast's rules decide about it. Operators of the fast table are free to run in float32 or in
+the low dtype; so is an operator of rule ``lower`` when its time in both is known. Everything else stays as it was
+decided, and is given what it was given. A minimum cut finds what costs least; that becomes which inputs are cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol
+
+import torch
+from torch import fx
+
+from fxamp.capture import AutocastState
+from fxamp.dtypes import abbreviate
+from fxamp.plan.calls import Call, argument_keys, argument_nodes
+from fxamp.plan.cut import HIGH, LOW, Problem
+from fxamp.plan.decision import Decision
+from fxamp.plan.flow import Flow, Value, tensors_in
+from fxamp.plan.precise import Precise
+from fxamp.policy.fast import fast_kinds, float32_arguments, is_choice, moves_only
+from fxamp.policy.flow import output_kind
+from fxamp.policy.operators import argument_places
+
+__all__ = ["Costs", "Moved", "Placed", "Step", "place"]
+
+
+class Step(NamedTuple):
+    """A node, what it calls, and what autocast's rules decide about it."""
+
+    node: fx.Node
+    call: Call | None
+    decision: Decision
+    written: bool  # whether its memory may be written to: no copy may stand for it
+
+
+class Placed(NamedTuple):
+    """Where a call runs: the dtype that each input is wanted in, None where it is as it is; and why."""
+
+    wants: tuple[torch.dtype | None, ...]
+    rule: str
+    reason: str
+
+
+class Costs(Protocol):
+    """What things cost, in whole numbers of one unit."""
+
+    def cast(self, size: int, *, weight: bool) -> int:
+        """A cast of so many elements; those of weights are few calls for all."""
+
+    def moved(self, size: int, width: int) -> int:
+        """An operator that reads and writes so many elements of so many bytes each."""
+
+    def call(self, node: fx.Node, decision: Decision) -> tuple[int, int] | None:
+        """An operator of rule "lower" in float32 and in the low dtype, or None when it is not known."""
+
+
+class Moved:
+    """Bytes: what a cast reads and writes, and what an operator does; a cast of its own is a call beside."""
+
+    CALL: Final = 1 << 14
+
+    def cast(self, size: int, *, weight: bool) -> int:
+        return 6 * size + (0 if weight else self.CALL)
+
+    def moved(self, size: int, width: int) -> int:
+        return size * width
+
+    def call(self, node: fx.Node, decision: Decision) -> tuple[int, int] | None:
+        return None
+
+
+def place(
+    steps: Sequence[Step],
+    state: AutocastState,
+    device_type: str,
+    *,
+    attribute: Callable[[str], Any],
+    size_of: Callable[[fx.Node], int],
+    costs: Costs,
+    gradients: bool,
+) -> dict[str, Placed]:
+    """Name of a call to where it runs, for each that is to run otherwise than it was decided.
+
+    Args:
+        steps: the graph, in order.
+        state: of autocast, outside of regions.
+        device_type: whose kernels run.
+        attribute: path to the parameter, buffer, tensor or module of that name.
+        size_of: how many elements a value has, as far as that is known.
+        costs: of casts and calls.
+        gradients: whether a backward follows.
+    """
+    kinds = fast_kinds(device_type, gradients=gradients)
+    precise = Precise(attribute, state.dtype, device_type)
+    placer = _Placer(steps, state, device_type, kinds, precise, costs)
+    return placer.placed(size_of)
+
+
+class _Placer:
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        state: AutocastState,
+        device_type: str,
+        kinds: Mapping[str, str],
+        precise: Precise,
+        costs: Costs,
+    ) -> None:
+        self._steps = {step.node: step for step in steps}
+        self._state = state
+        self._device_type = device_type
+        self._kinds = kinds
+        self._precise = precise
+        self._costs = costs
+        self._free: dict[fx.Node, str] = {}  # calls that run in either dtype, by what they are
+        self._forced: set[fx.Node] = set()  # calls that run in float32
+        self._times: dict[fx.Node, tuple[int, int]] = {}
+        for step in steps:
+            self._read(step)
+        self._drop_torn_tuples()
+
+    # -- what is free ------------------------------------------------------------------------------
+
+    def _read(self, step: Step) -> None:
+        kind = self._kind(step)
+        self._precise.read(step.node, step.call, step.decision, kind)
+        if kind == "lower" or (kind not in (None, "fp32") and not self._keeps_float32(step.node, str(kind))):
+            self._free[step.node] = str(kind)
+        elif kind is not None and step.decision.rule in ("follow", "promote"):
+            self._forced.add(step.node)
+
+    def _keeps_float32(self, node: fx.Node, kind: str) -> bool:
+        return self._precise.comes_in(node) or self._precise.has_number_out_of_range(node, kind)
+
+    def _kind(self, step: Step) -> str | None:
+        """What a call is when its dtype may be chosen: one of the table's kinds, "view" or "lower"."""
+        node, call, decision, written = step
+        if call is None or call.steering or call.inplace or call.holds or written or decision.state != self._state:
+            return None
+        if decision.reason not in ("op table", "input dtype") or not is_choice(node.args, node.kwargs):
+            return None
+        if not all(map(self._is_either, decision.inputs)) or not self._is_either(decision.output):
+            return None
+        if not any(map(self._side, decision.inputs)) or self._side(decision.output) is None:
+            return None
+        if decision.rule == "lower":
+            times = self._costs.call(node, decision)
+            if times is not None:
+                self._times[node] = times
+            return "lower" if times is not None else None
+        by_index = call.aten == "getitem" and len(node.all_input_nodes) > 1
+        found = self._kinds.get("index" if by_index else call.aten)
+        if found is not None or by_index:
+            return found
+        return "view" if call.aten in _VIEWS or moves_only(call.aten) else None
+
+    def _is_either(self, flow: Flow) -> bool:
+        """Whether a value can be cast from one of the two dtypes to the other, or is not touched by casts."""
+        return all(
+            value.dtype in (torch.float32, self._state.dtype) or (value.dtype and not value.dtype.is_floating_point)
+            for value in tensors_in(flow)
+        )
+
+    def _side(self, flow: Flow) -> str | None:
+        """The side that a value is on, when it is a tensor, or tensors, of one of the two dtypes."""
+        found = {value.dtype for value in tensors_in(flow)} & {torch.float32, self._state.dtype}
+        if len(found) != 1:
+            return None
+        return HIGH if found.pop() == torch.float32 else LOW
+
+    def _drop_torn_tuples(self) -> None:
+        """A tuple cannot be cast: it is free when all its parts are, which then are on its side."""
+        for node in [node for node in self._free if not isinstance(self._steps[node].decision.output, Value)]:
+            if not all(user in self._free and self._steps[user].call.aten == "getitem" for user in node.users):  # type: ignore[union-attr]
+                del self._free[node]
+        for node in list(self._free):
+            if self._takes_a_part(node) and node.all_input_nodes[0] not in self._free:
+                del self._free[node]
+
+    def _takes_a_part(self, node: fx.Node) -> bool:
+        """Whether it is ``values[i]`` of a tuple."""
+        step = self._steps[node]
+        inputs = step.decision.inputs
+        return step.call is not None and step.call.aten == "getitem" and not isinstance(inputs[0], Value)
+
+    # -- what it costs -----------------------------------------------------------------------------
+
+    def placed(self, size_of: Callable[[fx.Node], int]) -> dict[str, Placed]:
+        """Where each call runs that is to run otherwise than it was decided."""
+        problem = Problem()
+        for node, kind in self._free.items():
+            problem.call(node.name, *self._call_costs(node, kind, size_of))
+            if self._takes_a_part(node):
+                problem.tie(node.name, node.all_input_nodes[0].name)
+        for step in self._steps.values():
+            for source, wanted in self._needs(step):
+                producer = self._producer(source)
+                if producer is not None and (producer in problem.costs or wanted in problem.costs):
+                    weight = source.op == "get_attr"
+                    problem.value(producer, self._costs.cast(size_of(source), weight=weight), wanted, source.name)
+        sides = problem.solve() if problem.costs else {}
+        return dict(self._outcome({**sides, HIGH: HIGH, LOW: LOW}))
+
+    def _call_costs(self, node: fx.Node, kind: str, size_of: Callable[[fx.Node], int]) -> tuple[int, int]:
+        """In float32, and in the low dtype."""
+        if kind == "lower":
+            return self._times[node]
+        if kind == "view":
+            return 0, 0
+        flows = zip(argument_nodes(node), self._steps[node].decision.inputs, strict=True)
+        size = size_of(node) + sum(size_of(source) for source, flow in flows if self._side(flow))
+        return self._costs.moved(size, 4), self._costs.moved(size, 2)
+
+    def _producer(self, node: fx.Node) -> str | None:
+        """Where a value comes from: a free call, or a side."""
+        if node in self._free:
+            return node.name
+        output = self._steps[node].decision.output
+        if node in self._forced:
+            return HIGH if self._side(output) else None
+        return self._side(output) if isinstance(output, Value) else None
+
+    def _needs(self, step: Step) -> Iterator[tuple[fx.Node, str]]:
+        """Each input that must be in the dtype of a call, or of a side."""
+        node, decision = step.node, step.decision
+        if node in self._free:
+            slots = zip(argument_nodes(node), decision.inputs, self._stay_float32(node), strict=True)
+            yield from ((source, node.name) for source, flow, stays in slots if not stays and self._is_one(flow))
+            return
+        for source, wanted in zip(argument_nodes(node), self._wanted(step), strict=True):
+            if wanted is not None:
+                yield source, HIGH if wanted == torch.float32 else LOW
+
+    def _is_one(self, flow: Flow) -> bool:
+        return isinstance(flow, Value) and self._side(flow) is not None
+
+    def _stay_float32(self, node: fx.Node) -> list[bool]:
+        """For each slot of a free call whether it is float32 beside a low input, as the weights of norms are."""
+        call = self._steps[node].call
+        aten = call.aten if call is not None else ""
+        kept, places = float32_arguments(aten, self._device_type), argument_places(aten)
+        return [(places.get(key) if isinstance(key, str) else key) in kept for key in argument_keys(node)]
+
+    def _wanted(self, step: Step) -> list[torch.dtype | None]:
+        """The dtypes that a call which is not free wants its inputs in."""
+        decision = step.decision
+        if step.node in self._forced:
+            return [torch.float32 if self._is_one(flow) else None for flow in decision.inputs]
+        if decision.how in _BY_ITSELF or (step.call is not None and step.call.steering):
+            return [None] * len(decision.inputs)
+        casts = {cast.slot: cast.dtype for cast in decision.casts}
+        return [
+            casts.get(slot, flow.dtype) if isinstance(flow, Value) and self._is_one(flow) else None
+            for slot, flow in enumerate(decision.inputs)
+        ]
+
+    # -- what comes of it --------------------------------------------------------------------------
+
+    def _outcome(self, sides: Mapping[str, str]) -> Iterator[tuple[str, Placed]]:
+        for step in self._steps.values():
+            node, decision = step.node, step.decision
+            sources = argument_nodes(node)
+            if step.call is None or not sources or step.call.steering:
+                continue
+            given = [self._dtype_of(self._producer(source), sides) for source in sources]
+            chosen = node in self._free or node in self._forced
+            wants = self._chosen(step, sides.get(node.name, HIGH), given) if chosen else self._wanted(step)
+            needed = {i: want for i, want in enumerate(wants) if want is not None and given[i] not in (None, want)}
+            as_decided = needed == {cast.slot: cast.dtype for cast in decision.casts} and decision.how == "call"
+            by_itself = decision.how in _BY_ITSELF and sides.get(node.name) != LOW
+            if not as_decided and not by_itself and (chosen or self._is_given_other(step, given)):
+                yield node.name, Placed(tuple(wants), *self._words(step, sides, needed))
+
+    def _is_given_other(self, step: Step, given: Sequence[torch.dtype | None]) -> bool:
+        """Whether a call is given other dtypes than it was decided for."""
+        flows = zip(given, step.decision.inputs, strict=True)
+        return any(now is not None and isinstance(flow, Value) and now != flow.dtype for now, flow in flows)
+
+    def _dtype_of(self, producer: str | None, sides: Mapping[str, str]) -> torch.dtype | None:
+        if producer is None:
+            return None
+        return torch.float32 if sides[producer] == HIGH else self._state.dtype
+
+    def _chosen(self, step: Step, side: str, given: Sequence[torch.dtype | None]) -> list[torch.dtype | None]:
+        node, inputs = step.node, step.decision.inputs
+        if self._takes_a_part(node):
+            return [None] * len(inputs)
+        if side == HIGH:
+            if self._promotes(step, given):
+                return [None] * len(inputs)
+            return [torch.float32 if self._is_one(flow) else None for flow in inputs]
+        slots = zip(inputs, self._stay_float32(node), strict=True)
+        return [self._state.dtype if self._is_one(flow) and not stays else None for flow, stays in slots]
+
+    def _promotes(self, step: Step, given: Sequence[torch.dtype | None]) -> bool:
+        """Whether the operator itself computes in float32 when one of its inputs is."""
+        assert step.call is not None
+        if output_kind(step.call.aten, step.node.target, step.node.args, step.node.kwargs) not in _PROMOTING:
+            return False
+        flows = zip(given, step.decision.inputs, strict=True)
+        return any(dtype == torch.float32 and isinstance(flow, Value) and flow.scalar is False for dtype, flow in flows)
+
+    def _words(self, step: Step, sides: Mapping[str, str], needed: Mapping[int, torch.dtype]) -> tuple[str, str]:
+        """The rule and the reason, for the report."""
+        decision = step.decision
+        low = abbreviate(self._state.dtype)
+        if step.node in self._forced:
+            dangerous = self._kind(step) == "fp32"
+            return ("fp32", f"not safe in {low}") if dangerous else ("follow", "keeps float32")
+        kind = self._free.get(step.node)
+        if kind is None:
+            return decision.rule, decision.reason
+        if kind == "lower":
+            return ("fp32", "faster in f32") if sides[step.node.name] == HIGH else (decision.rule, decision.reason)
+        if decision.rule in ("fp32", "fp32_dtype") and sides[step.node.name] == LOW:
+            return "follow", "float32 inside" if kind == "inside" else "fewest bytes"
+        return "follow", "fewest bytes" if needed else "input dtype"
+
+
+_BY_ITSELF: Final = ("dtype", "dtype if castable")  # how an operator computes in float32 without a cast
+_PROMOTING: Final = ("promote", "float_promote")
+# Views by the argument's kind, or that copy only when they have to.
+_VIEWS: Final = frozenset("getitem alias contiguous reshape flatten detach chunk split unbind".split())
