@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from fxamp.policy.operators import is_aten
 
-__all__ = ["ONE_DTYPE", "OutputKind", "output_kind"]
+__all__ = ["ONE_DTYPE", "OutputKind", "is_view", "output_kind"]
 
 OutputKind: TypeAlias = "str | tuple[str | None, ...]"
 
@@ -98,7 +98,8 @@ _NAMES: Final[Mapping[OutputKind, str]] = {
 
 # Tagged pointwise or made as views, but what comes out is not told by the tensors that go in.
 _UNKNOWN: Final = frozenset(
-    "_to_copy _conj complex equal float_power imag polar to type_as view_as_complex view_as_real".split()
+    "_autocast_to_full_precision _autocast_to_reduced_precision _to_copy _conj complex equal float_power imag polar to "
+    "type_as view_as_complex view_as_real".split()
 )
 
 # Operators that refuse operands of two floating dtypes: one that is known tells the others'.
@@ -177,13 +178,24 @@ def _kind_of_operator(aten: str) -> OutputKind | None:
         return "first"
     if aten in _kinds():
         return _kinds()[aten]
-    packet = getattr(torch.ops.aten, aten)
-    overloads = [found for name in packet.overloads() if _gives_tensors(found := getattr(packet, name))]
+    overloads = _overloads(aten)
     if overloads and all(map(_is_view, overloads)):
         return "first"
     if overloads and all(torch.Tag.pointwise in overload.tags for overload in overloads):
         return "float_promote" if aten.startswith("special_") else "promote"
     return None
+
+
+@functools.cache
+def is_view(aten: str) -> bool:
+    """Whether what an operator gives shares memory with its input and has its dtype, as the schemas say."""
+    overloads = _overloads(aten) if is_aten(aten) and aten not in _UNKNOWN else []
+    return bool(overloads) and all(map(_is_view, overloads))
+
+
+def _overloads(aten: str) -> list[torch._ops.OpOverload[..., Any]]:
+    packet = getattr(torch.ops.aten, aten)
+    return [found for name in packet.overloads() if _gives_tensors(found := getattr(packet, name))]
 
 
 @functools.cache
