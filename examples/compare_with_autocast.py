@@ -22,13 +22,14 @@ class Attention(nn.Module):
 
 
 class CastCount(TorchDispatchMode):
-    """Counts the tensors that are copied to another dtype, in the forward and in the backward."""
+    """Counts the calls that copy tensors to another dtype, forward and backward."""
 
     casts = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.casts += func is torch.ops.aten._to_copy.default and result.dtype != args[0].dtype
+        copies = func is torch.ops.aten._to_copy.default and result.dtype != args[0].dtype
+        self.casts += copies or func is torch.ops.aten._foreach_copy_.default
         return result
 
 

@@ -39,11 +39,11 @@ def test_is_short_and_says_what_it_is(path: Path) -> None:
     assert len(text.splitlines()) < 60
 
 
-def test_policy_autocast_casts_as_often_as_torch_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_policy_autocast_gives_the_same_with_fewer_casts(capsys: pytest.CaptureFixture[str]) -> None:
     table = run(FOLDER / "compare_with_autocast.py", capsys)
     theirs, ours, fast = (re.split(r"  +", line) for line in table.splitlines()[2:])
-    assert ours[1:] == theirs[1:]
     assert ours[2:] == ["0", "0"]
+    assert int(ours[1]) < int(theirs[1])
     assert int(fast[1]) < int(ours[1])
 
 

@@ -126,13 +126,6 @@ def test_decisions_and_reasons(policy: str, device_type: str) -> None:
     assert shown(amp.plan) == [line.strip() for line in DECISIONS[policy, device_type].strip().splitlines()]
 
 
-def test_fast_has_the_rules_of_autocast() -> None:
-    for device_type in ("cpu", "cuda"):
-        amp = fxamp.convert(Mixed(), dtype=torch.float16, device_type=device_type)
-        fast = amp.replan("fast")
-        assert [(d.name, d.rule, d.reason) for d in fast.plan] == [(d.name, d.rule, d.reason) for d in amp.plan]
-
-
 def test_a_decision_says_where_and_in_words() -> None:
     amp = fxamp.convert(Mixed(), dtype=torch.float16, device_type="cuda")
     decision = amp.plan["linear"]
@@ -221,7 +214,8 @@ def dtype_fits(derived: Flow, exact: Flow) -> bool:
     return derived == exact == NOT_A_TENSOR
 
 
-@pytest.mark.parametrize(("name", "device_type", "policy"), COMBINATIONS)
+# Without shapes "fast" may decide otherwise; what it derives is tested by running it, in test_placement.
+@pytest.mark.parametrize(("name", "device_type", "policy"), [c for c in COMBINATIONS if c[2] != "fast"])
 def test_a_dtype_derived_by_rule_is_the_exact_one(name: str, device_type: str, policy: str) -> None:
     planned = converted(name, device_type, policy)
     for derived, exact in zip(planned.plan(exact=False), planned.plan(exact=True), strict=True):

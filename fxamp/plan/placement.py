@@ -15,25 +15,17 @@ from torch import fx
 
 from fxamp.capture import AutocastState
 from fxamp.dtypes import abbreviate
-from fxamp.plan.calls import Call, argument_keys, argument_nodes
+from fxamp.plan.calls import argument_keys, argument_nodes
 from fxamp.plan.cut import HIGH, LOW, Problem
 from fxamp.plan.decision import Decision
-from fxamp.plan.flow import Flow, Value, tensors_in
+from fxamp.plan.flow import Flow, Value
+from fxamp.plan.freedom import Freedom, Step
 from fxamp.plan.precise import Precise
-from fxamp.policy.fast import fast_kinds, float32_arguments, is_choice, moves_only
+from fxamp.policy.fast import fast_kinds, float32_arguments
 from fxamp.policy.flow import output_kind
 from fxamp.policy.operators import argument_places
 
-__all__ = ["Costs", "Moved", "Placed", "Step", "place"]
-
-
-class Step(NamedTuple):
-    """A node, what it calls, and what autocast's rules decide about it."""
-
-    node: fx.Node
-    call: Call | None
-    decision: Decision
-    written: bool  # whether its memory may be written to: no copy may stand for it
+__all__ = ["Costs", "Moved", "Placed", "place"]
 
 
 class Placed(NamedTuple):
@@ -95,107 +87,27 @@ def place(
     """
     kinds = fast_kinds(device_type, gradients=gradients)
     precise = Precise(attribute, state.dtype, device_type)
-    placer = _Placer(steps, state, device_type, kinds, precise, costs)
-    return placer.placed(size_of)
+    freedom = Freedom(steps, state, kinds, precise, costs.call)
+    return _Placer(freedom, state.dtype, device_type, costs).placed(size_of)
 
 
 class _Placer:
-    def __init__(
-        self,
-        steps: Sequence[Step],
-        state: AutocastState,
-        device_type: str,
-        kinds: Mapping[str, str],
-        precise: Precise,
-        costs: Costs,
-    ) -> None:
-        self._steps = {step.node: step for step in steps}
-        self._state = state
+    def __init__(self, freedom: Freedom, dtype: torch.dtype, device_type: str, costs: Costs) -> None:
+        self._freedom = freedom
+        self._low = dtype
         self._device_type = device_type
-        self._kinds = kinds
-        self._precise = precise
         self._costs = costs
-        self._free: dict[fx.Node, str] = {}  # calls that run in either dtype, by what they are
-        self._forced: set[fx.Node] = set()  # calls that run in float32
-        self._times: dict[fx.Node, tuple[int, int]] = {}
-        for step in steps:
-            self._read(step)
-        self._drop_torn_tuples()
-
-    # -- what is free ------------------------------------------------------------------------------
-
-    def _read(self, step: Step) -> None:
-        kind = self._kind(step)
-        self._precise.read(step.node, step.call, step.decision, kind)
-        if kind == "lower" or (kind not in (None, "fp32") and not self._keeps_float32(step.node, str(kind))):
-            self._free[step.node] = str(kind)
-        elif kind is not None and step.decision.rule in ("follow", "promote"):
-            self._forced.add(step.node)
-
-    def _keeps_float32(self, node: fx.Node, kind: str) -> bool:
-        return self._precise.comes_in(node) or self._precise.has_number_out_of_range(node, kind)
-
-    def _kind(self, step: Step) -> str | None:
-        """What a call is when its dtype may be chosen: one of the table's kinds, "view" or "lower"."""
-        node, call, decision, written = step
-        if call is None or call.steering or call.inplace or call.holds or written or decision.state != self._state:
-            return None
-        if decision.reason not in ("op table", "input dtype") or not is_choice(node.args, node.kwargs):
-            return None
-        if not all(map(self._is_either, decision.inputs)) or not self._is_either(decision.output):
-            return None
-        if not any(map(self._side, decision.inputs)) or self._side(decision.output) is None:
-            return None
-        if decision.rule == "lower":
-            times = self._costs.call(node, decision)
-            if times is not None:
-                self._times[node] = times
-            return "lower" if times is not None else None
-        by_index = call.aten == "getitem" and len(node.all_input_nodes) > 1
-        found = self._kinds.get("index" if by_index else call.aten)
-        if found is not None or by_index:
-            return found
-        return "view" if call.aten in _VIEWS or moves_only(call.aten) else None
-
-    def _is_either(self, flow: Flow) -> bool:
-        """Whether a value can be cast from one of the two dtypes to the other, or is not touched by casts."""
-        return all(
-            value.dtype in (torch.float32, self._state.dtype) or (value.dtype and not value.dtype.is_floating_point)
-            for value in tensors_in(flow)
-        )
-
-    def _side(self, flow: Flow) -> str | None:
-        """The side that a value is on, when it is a tensor, or tensors, of one of the two dtypes."""
-        found = {value.dtype for value in tensors_in(flow)} & {torch.float32, self._state.dtype}
-        if len(found) != 1:
-            return None
-        return HIGH if found.pop() == torch.float32 else LOW
-
-    def _drop_torn_tuples(self) -> None:
-        """A tuple cannot be cast: it is free when all its parts are, which then are on its side."""
-        for node in [node for node in self._free if not isinstance(self._steps[node].decision.output, Value)]:
-            if not all(user in self._free and self._steps[user].call.aten == "getitem" for user in node.users):  # type: ignore[union-attr]
-                del self._free[node]
-        for node in list(self._free):
-            if self._takes_a_part(node) and node.all_input_nodes[0] not in self._free:
-                del self._free[node]
-
-    def _takes_a_part(self, node: fx.Node) -> bool:
-        """Whether it is ``values[i]`` of a tuple."""
-        step = self._steps[node]
-        inputs = step.decision.inputs
-        return step.call is not None and step.call.aten == "getitem" and not isinstance(inputs[0], Value)
 
     # -- what it costs -----------------------------------------------------------------------------
 
     def placed(self, size_of: Callable[[fx.Node], int]) -> dict[str, Placed]:
         """Where each call runs that is to run otherwise than it was decided."""
         problem = Problem()
-        for node, kind in self._free.items():
+        for node, kind in self._freedom.free.items():
             problem.call(node.name, *self._call_costs(node, kind, size_of))
-            if self._takes_a_part(node):
+            if self._freedom.takes_a_part(node):
                 problem.tie(node.name, node.all_input_nodes[0].name)
-        for step in self._steps.values():
+        for step in self._freedom.steps.values():
             for source, wanted in self._needs(step):
                 producer = self._producer(source)
                 if producer is not None and (producer in problem.costs or wanted in problem.costs):
@@ -207,39 +119,38 @@ class _Placer:
     def _call_costs(self, node: fx.Node, kind: str, size_of: Callable[[fx.Node], int]) -> tuple[int, int]:
         """In float32, and in the low dtype."""
         if kind == "lower":
-            return self._times[node]
+            return self._freedom.times[node]
         if kind == "view":
             return 0, 0
-        flows = zip(argument_nodes(node), self._steps[node].decision.inputs, strict=True)
-        size = size_of(node) + sum(size_of(source) for source, flow in flows if self._side(flow))
+        flows = zip(argument_nodes(node), self._freedom.steps[node].decision.inputs, strict=True)
+        size = size_of(node) + sum(size_of(source) for source, flow in flows if self._freedom.side(flow))
         return self._costs.moved(size, 4), self._costs.moved(size, 2)
 
     def _producer(self, node: fx.Node) -> str | None:
         """Where a value comes from: a free call, or a side."""
-        if node in self._free:
+        if node in self._freedom.free:
             return node.name
-        output = self._steps[node].decision.output
-        if node in self._forced:
-            return HIGH if self._side(output) else None
-        return self._side(output) if isinstance(output, Value) else None
+        output = self._freedom.steps[node].decision.output
+        if node in self._freedom.forced:
+            return HIGH if self._freedom.side(output) else None
+        return self._freedom.side(output) if isinstance(output, Value) else None
 
     def _needs(self, step: Step) -> Iterator[tuple[fx.Node, str]]:
         """Each input that must be in the dtype of a call, or of a side."""
         node, decision = step.node, step.decision
-        if node in self._free:
+        if node in self._freedom.free:
             slots = zip(argument_nodes(node), decision.inputs, self._stay_float32(node), strict=True)
-            yield from ((source, node.name) for source, flow, stays in slots if not stays and self._is_one(flow))
+            yield from (
+                (source, node.name) for source, flow, stays in slots if not stays and self._freedom.is_one(flow)
+            )
             return
         for source, wanted in zip(argument_nodes(node), self._wanted(step), strict=True):
             if wanted is not None:
                 yield source, HIGH if wanted == torch.float32 else LOW
 
-    def _is_one(self, flow: Flow) -> bool:
-        return isinstance(flow, Value) and self._side(flow) is not None
-
     def _stay_float32(self, node: fx.Node) -> list[bool]:
         """For each slot of a free call whether it is float32 beside a low input, as the weights of norms are."""
-        call = self._steps[node].call
+        call = self._freedom.steps[node].call
         aten = call.aten if call is not None else ""
         kept, places = float32_arguments(aten, self._device_type), argument_places(aten)
         return [(places.get(key) if isinstance(key, str) else key) in kept for key in argument_keys(node)]
@@ -247,53 +158,63 @@ class _Placer:
     def _wanted(self, step: Step) -> list[torch.dtype | None]:
         """The dtypes that a call which is not free wants its inputs in."""
         decision = step.decision
-        if step.node in self._forced:
-            return [torch.float32 if self._is_one(flow) else None for flow in decision.inputs]
+        if step.node in self._freedom.forced:
+            return [torch.float32 if self._freedom.is_one(flow) else None for flow in decision.inputs]
         if decision.how in _BY_ITSELF or (step.call is not None and step.call.steering):
             return [None] * len(decision.inputs)
+        if step.node.op == "output":
+            flows = zip(argument_nodes(step.node), decision.inputs, strict=True)
+            return [flow.dtype if self._is_given_out(source, flow) else None for source, flow in flows]  # type: ignore[union-attr]
         casts = {cast.slot: cast.dtype for cast in decision.casts}
         return [
-            casts.get(slot, flow.dtype) if isinstance(flow, Value) and self._is_one(flow) else None
+            casts.get(slot, flow.dtype) if isinstance(flow, Value) and self._freedom.is_one(flow) else None
             for slot, flow in enumerate(decision.inputs)
         ]
+
+    def _is_given_out(self, source: fx.Node, flow: Flow) -> bool:
+        """Whether an output is to have the dtype that autocast gives it; what is not safe in that stays as it is."""
+        return self._freedom.is_one(flow) and source not in self._freedom.forced
 
     # -- what comes of it --------------------------------------------------------------------------
 
     def _outcome(self, sides: Mapping[str, str]) -> Iterator[tuple[str, Placed]]:
-        for step in self._steps.values():
+        for step in self._freedom.steps.values():
             node, decision = step.node, step.decision
             sources = argument_nodes(node)
-            if step.call is None or not sources or step.call.steering:
+            if not sources or (step.call is not None and step.call.steering):
                 continue
             given = [self._dtype_of(self._producer(source), sides) for source in sources]
-            chosen = node in self._free or node in self._forced
+            chosen = node in self._freedom.free or node in self._freedom.forced
             wants = self._chosen(step, sides.get(node.name, HIGH), given) if chosen else self._wanted(step)
             needed = {i: want for i, want in enumerate(wants) if want is not None and given[i] not in (None, want)}
             as_decided = needed == {cast.slot: cast.dtype for cast in decision.casts} and decision.how == "call"
             by_itself = decision.how in _BY_ITSELF and sides.get(node.name) != LOW
-            if not as_decided and not by_itself and (chosen or self._is_given_other(step, given)):
+            if not as_decided and not by_itself and (chosen or self._is_to_be_restored(step, given)):
                 yield node.name, Placed(tuple(wants), *self._words(step, sides, needed))
 
-    def _is_given_other(self, step: Step, given: Sequence[torch.dtype | None]) -> bool:
-        """Whether a call is given other dtypes than it was decided for."""
+    def _is_to_be_restored(self, step: Step, given: Sequence[torch.dtype | None]) -> bool:
+        """Whether a call that goes by what it is given is given other dtypes than it was decided for."""
+        inplace = step.call is not None and step.call.inplace
+        if step.decision.rule in ("lower", "fp32") or step.decision.how == "promote" or inplace:
+            return False
         flows = zip(given, step.decision.inputs, strict=True)
         return any(now is not None and isinstance(flow, Value) and now != flow.dtype for now, flow in flows)
 
     def _dtype_of(self, producer: str | None, sides: Mapping[str, str]) -> torch.dtype | None:
         if producer is None:
             return None
-        return torch.float32 if sides[producer] == HIGH else self._state.dtype
+        return torch.float32 if sides[producer] == HIGH else self._low
 
     def _chosen(self, step: Step, side: str, given: Sequence[torch.dtype | None]) -> list[torch.dtype | None]:
         node, inputs = step.node, step.decision.inputs
-        if self._takes_a_part(node):
+        if self._freedom.takes_a_part(node):
             return [None] * len(inputs)
         if side == HIGH:
             if self._promotes(step, given):
                 return [None] * len(inputs)
-            return [torch.float32 if self._is_one(flow) else None for flow in inputs]
+            return [torch.float32 if self._freedom.is_one(flow) else None for flow in inputs]
         slots = zip(inputs, self._stay_float32(node), strict=True)
-        return [self._state.dtype if self._is_one(flow) and not stays else None for flow, stays in slots]
+        return [self._low if self._freedom.is_one(flow) and not stays else None for flow, stays in slots]
 
     def _promotes(self, step: Step, given: Sequence[torch.dtype | None]) -> bool:
         """Whether the operator itself computes in float32 when one of its inputs is."""
@@ -306,11 +227,11 @@ class _Placer:
     def _words(self, step: Step, sides: Mapping[str, str], needed: Mapping[int, torch.dtype]) -> tuple[str, str]:
         """The rule and the reason, for the report."""
         decision = step.decision
-        low = abbreviate(self._state.dtype)
-        if step.node in self._forced:
-            dangerous = self._kind(step) == "fp32"
+        low = abbreviate(self._low)
+        if step.node in self._freedom.forced:
+            dangerous = self._freedom.is_dangerous(step.node)
             return ("fp32", f"not safe in {low}") if dangerous else ("follow", "keeps float32")
-        kind = self._free.get(step.node)
+        kind = self._freedom.free.get(step.node)
         if kind is None:
             return decision.rule, decision.reason
         if kind == "lower":
@@ -322,5 +243,3 @@ class _Placer:
 
 _BY_ITSELF: Final = ("dtype", "dtype if castable")  # how an operator computes in float32 without a cast
 _PROMOTING: Final = ("promote", "float_promote")
-# Views by the argument's kind, or that copy only when they have to.
-_VIEWS: Final = frozenset("getitem alias contiguous reshape flatten detach chunk split unbind".split())

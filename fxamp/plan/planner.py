@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import BuiltinFunctionType
 from typing import Any, Final, Protocol
@@ -20,16 +20,17 @@ from torch import fx, nn
 from fxamp.capture import AutocastState, Region, assign, state_of
 from fxamp.capture.tracer import THIS
 from fxamp.dtypes import is_castable, promotable
-from fxamp.plan.calls import Call, argument_keys, argument_nodes, read_call
+from fxamp.plan.calls import Call, argument_nodes, read_call
+from fxamp.plan.computing import castable, casts_to, computed_with, computes_in, eligible, gives_dtype
 from fxamp.plan.decision import Cast, Decision, PrecisionPlan
-from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, Value, of_object, promoted, tensors_in
-from fxamp.plan.placement import Costs, Moved, Placed, Step, place
+from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, Value, of_object, tensors_in
+from fxamp.plan.freedom import Step
+from fxamp.plan.placement import Costs, Moved, Placed, place
 from fxamp.plan.results import result_of
 from fxamp.plan.rules import Rules, banned, unexpected
 from fxamp.plan.sharing import Sharing
 from fxamp.policy import Policy, Ruling
-from fxamp.policy.flow import ONE_DTYPE
-from fxamp.policy.operators import FORWARDS_TO, optional_tensors
+from fxamp.policy.operators import FORWARDS_TO
 
 __all__ = ["Observer", "make_plan"]
 
@@ -191,7 +192,9 @@ class _Planner:
             if self._is_unsure(node):
                 return blank.but(output=UNKNOWN)
             return blank.but(output=NOT_A_TENSOR if isinstance(value, nn.Module) else of_object(value))
-        return blank.but(inputs=tuple(self._flows[n] for n in argument_nodes(node)))
+        blank = blank.but(inputs=tuple(self._flows[n] for n in argument_nodes(node)), state=self._ambient)
+        placed = self._placed.get(node.name)
+        return blank.but(casts=self._chosen_casts(node, blank, placed.wants), state=None) if placed else blank
 
     def _decide_call(self, node: fx.Node, call: Call) -> Decision:
         inputs = tuple([self._flows[n] for n in argument_nodes(node)])
@@ -221,16 +224,26 @@ class _Planner:
         opaque = decision.rule == "opaque"
         if opaque:
             decision = self._ambient_call(node, decision)
-        casts: tuple[Cast, ...] = ()
-        for i, target in enumerate(placed.wants):
-            if target is not None:
-                casts += self._casts(node, target, decision, share=not call.views, slots=(i,))
+        casts = self._chosen_casts(node, decision, placed.wants, share=not call.views)
         decision = decision.but(rule=placed.rule, reason=placed.reason, casts=casts)
         if opaque:
             return decision
-        cast_inputs = _after(decision, casts)
-        output = self._result(node, call, decision.inputs, cast_inputs)
-        return decision.but(runs_in=_computes_in(None, cast_inputs, output), output=output)
+        cast_inputs = computed_with(decision, casts)
+        targets = {cast.slot: cast.dtype for cast in casts}
+        inputs = tuple(
+            replace(flow, dtype=targets[slot]) if slot in targets and isinstance(flow, Value) else flow
+            for slot, flow in enumerate(decision.inputs)
+        )
+        output = self._result(node, call, inputs, cast_inputs)
+        return decision.but(runs_in=computes_in(None, cast_inputs, output), output=output)
+
+    def _chosen_casts(
+        self, node: fx.Node, decision: Decision, wants: Sequence[torch.dtype | None], *, share: bool = True
+    ) -> tuple[Cast, ...]:
+        """The casts of the inputs that are wanted in another dtype than they have."""
+        chosen = [(slot, target) for slot, target in enumerate(wants) if target is not None]
+        found = (self._casts(node, target, decision, share=share, slots=(slot,)) for slot, target in chosen)
+        return tuple(cast for casts in found for cast in casts)
 
     def _state(self, regions: tuple[Region, ...]) -> AutocastState:
         if regions not in self._states:
@@ -253,7 +266,7 @@ class _Planner:
         first = next((flow for flow in decision.inputs if tensors_in(flow)), NOT_A_TENSOR)
         dtype = first.dtype if isinstance(first, Value) else None
         decision = decision.but(rule="fp32")
-        if not _gives_dtype(node):
+        if not gives_dtype(node):
             if dtype is None:
                 return decision.but(how="dtype if castable", output=UNKNOWN)
             if is_castable(dtype):
@@ -266,9 +279,9 @@ class _Planner:
     def _through_casts(self, node: fx.Node, call: Call, decision: Decision) -> Decision:
         target, how = self._target(node, decision)
         casts = self._casts(node, target, decision, share=not call.views) if target is not None else ()
-        cast_inputs = _after(decision, casts)
+        cast_inputs = computed_with(decision, casts)
         output = self._result(node, call, decision.inputs, cast_inputs)
-        runs_in = _computes_in(target, cast_inputs, output)
+        runs_in = computes_in(target, cast_inputs, output)
         return decision.but(casts=casts, how=how, runs_in=runs_in, output=output)
 
     def _target(self, node: fx.Node, decision: Decision) -> tuple[torch.dtype | None, str]:
@@ -280,7 +293,7 @@ class _Planner:
         if decision.rule == "fp32":
             return torch.float32, "call"
         promotes = decision.rule == "promote"
-        dtypes = _eligible(node, decision) if promotes else _castable(tensors_in(decision.inputs))
+        dtypes = eligible(node, decision) if promotes else castable(tensors_in(decision.inputs))
         if not promotes and not (len(set(dtypes)) > 1 and self._rules.may_meet(decision)):
             return None, "call"
         if promotes and decision.reason == "op table" and None not in dtypes and not promotable(dtypes, low):
@@ -306,7 +319,7 @@ class _Planner:
         for slot, (source, flow) in enumerate(zip(argument_nodes(node), decision.inputs, strict=True)):
             if slots is not None and slot not in slots:
                 continue
-            wanted = [v.dtype for v in tensors_in(flow) if v.dtype is None or _casts_to(v.dtype, target)]
+            wanted = [v.dtype for v in tensors_in(flow) if v.dtype is None or casts_to(v.dtype, target)]
             if wanted:
                 soft = None in wanted or not isinstance(flow, Value)
                 cast = Cast(slot, source.name, target, soft)
@@ -319,47 +332,3 @@ class _Planner:
 
 def _dtype_of(flow: Flow) -> torch.dtype | None:
     return flow.dtype if isinstance(flow, Value) else None
-
-
-def _eligible(node: fx.Node, decision: Decision) -> list[torch.dtype | None]:
-    """The dtypes that ``promote`` looks at: not those of arguments that may be None."""
-    optional = optional_tensors(decision.aten)
-    flows = zip(argument_keys(node), decision.inputs, strict=True)
-    return _castable(value for key, flow in flows if key not in optional for value in tensors_in(flow))
-
-
-def _castable(values: Iterable[Value]) -> list[torch.dtype | None]:
-    return [value.dtype for value in values if value.dtype is None or is_castable(value.dtype)]
-
-
-def _after(decision: Decision, casts: tuple[Cast, ...]) -> tuple[Value, ...]:
-    """The tensors that a call computes with."""
-    if not casts:
-        return tensors_in(decision.inputs)
-    targets = {cast.slot: cast.dtype for cast in casts}
-    given = [(value, targets.get(slot)) for slot, flow in enumerate(decision.inputs) for value in tensors_in(flow)]
-    values = [
-        Value(target, v.scalar) if target and v.dtype and _casts_to(v.dtype, target) else v for v, target in given
-    ]
-    if decision.aten not in ONE_DTYPE:
-        return tuple(values)  # a soft cast may find float64, or no floating dtype, and pass it on
-    one = next(iter(targets.values()))
-    known = any(value.dtype == one for value in values)
-    return tuple(Value(one, value.scalar) if known and value.dtype is None else value for value in values)
-
-
-def _computes_in(target: torch.dtype | None, inputs: tuple[Value, ...], output: Flow) -> torch.dtype | None:
-    """The dtype of the computation: what was cast to, else that of a floating result, else the widest input's."""
-    if target is not None and any(value.dtype in (None, target) for value in inputs):
-        return target
-    given = output.dtype if isinstance(output, Value) else None
-    return given if given is not None and given.is_floating_point else promoted(inputs)
-
-
-def _casts_to(dtype: torch.dtype, target: torch.dtype) -> bool:
-    return dtype != target and is_castable(dtype)
-
-
-def _gives_dtype(node: fx.Node) -> bool:
-    values = (*node.args, *node.kwargs.values())
-    return node.kwargs.get("dtype") is not None or any(isinstance(value, torch.dtype) for value in values)

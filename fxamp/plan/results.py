@@ -171,6 +171,8 @@ def _named_dtype(node: fx.Node, flow_of: Callable[[fx.Node], Flow]) -> torch.dty
 
 
 def _factory_result(node: fx.Node, aten: str, inputs: tuple[Flow, ...]) -> Flow:
+    if node.kwargs.get("dtype") is not None:
+        return UNKNOWN  # one that is asked of a value whose dtype is not known
     if aten in _DEFAULT_DTYPE:
         return Value(torch.get_default_dtype(), None)
     if aten in _INTEGER:

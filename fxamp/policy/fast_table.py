@@ -122,7 +122,7 @@ index_select                      moves_forward   moves
 instance_norm                     inside          inside
 kl_div                            fp32            fp32
 l1_loss                           fp32            fp32
-layer_norm                        inside          inside_forward
+layer_norm                        inside          inside
 leaky_relu                        pointwise       pointwise
 lerp                              pointwise       pointwise
 lgamma                            fp32            fp32
