@@ -21,7 +21,7 @@ from fxamp.plan.observer import FakeObserver
 from fxamp.plan.recorded import RecordedObserver
 from fxamp.plan.trials import AutocastFailsError
 from fxamp.policy import Policy, Ruling
-from fxamp.rewrite import fold_weight_casts, insert_casts, verify
+from fxamp.rewrite import direct_weight_gradients, fold_weight_casts, insert_casts, verify
 from fxamp.runtime import AmpModule, Asked, Conversion, Stages
 from fxamp.runtime.checks import not_a_scalar
 
@@ -117,6 +117,13 @@ def _plan(program: Program, traced: Traced, policy: Policy, mode: str, examples:
 
 def _rewrite(traced: Traced, plan: PrecisionPlan) -> fx.Graph:
     """The graph in which it is done, verified."""
+    graph = _insert(traced, plan)
+    direct_weight_gradients(graph, plan)
+    return graph
+
+
+def _insert(traced: Traced, plan: PrecisionPlan) -> fx.Graph:
+    """The graph in which every cast is one of its own, verified: what can be frozen."""
     graph = insert_casts(traced.graph, plan)
     verify(graph, traced.graph, plan)
     return graph
@@ -152,7 +159,7 @@ def _freeze(conversion: Conversion) -> dict[str, tuple[str, torch.dtype]]:
     return fold_weight_casts(conversion.program, [variant.graph for _, variant in conversion.variants])
 
 
-_STAGES = Stages(_plan, _rewrite, report_of, _freeze)
+_STAGES = Stages(_plan, _rewrite, report_of, _freeze, _insert)
 
 
 def _not_a_model(model: Any) -> CaptureError | None:

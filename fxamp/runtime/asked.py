@@ -24,13 +24,19 @@ class Stages(NamedTuple):
     """The stages after capture.
 
     ``plan`` decides about what was traced, and ``rewrite`` makes a graph of that; ``report`` shows them; ``freeze``
-    folds the weights of a conversion into the low dtype, and tells which keep a low copy beside them.
+    folds the weights of a conversion into the low dtype, and tells which keep a low copy beside them. ``insert`` is
+    ``rewrite`` without what is done for training to the casts of weights, which ``freeze`` has to find one by one.
     """
 
     plan: Callable[..., PrecisionPlan]
     rewrite: Callable[[Traced, PrecisionPlan], fx.Graph]
     report: Callable[..., Any]
     freeze: Callable[..., dict[str, tuple[str, torch.dtype]]]
+    insert: Callable[[Traced, PrecisionPlan], fx.Graph]
+
+    def for_inference(self) -> Stages:
+        """The stages of a conversion that will be frozen."""
+        return self._replace(rewrite=self.insert)
 
 
 @dataclass(frozen=True)

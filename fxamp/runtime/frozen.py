@@ -7,6 +7,7 @@ dtype, so nothing can be traced or planned on them that the model in float32 wou
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ __all__ = ["check_thawed", "frozen", "own_tensors", "refresh"]
 
 def frozen(conversion: Conversion) -> Conversion:
     """The conversion in eval mode, over tensors of its own, with its weights in the low dtype."""
-    new = conversion.replanned(conversion.policy, own_tensors(conversion.program))
+    alike = replace(conversion, stages=conversion.stages.for_inference())
+    new = alike.replanned(conversion.policy, own_tensors(conversion.program))
     new.mode = "eval"
     for _, traced in list(new.traced):
         _prepare(new, traced)
