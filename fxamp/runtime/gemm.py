@@ -11,9 +11,9 @@ to be had (another device, tensors of a class of their own, the transforms of ``
 second one is wanted), the gradients are autocast's.
 
 Nothing is added to a parameter's ``.grad`` here, though ``addmm`` could do that in the same kernel. A backward does not
-know whether it runs for ``.backward()`` or for ``torch.autograd.grad``, which must leave ``.grad`` alone; and what waits
-for the gradient of a parameter (tensor hooks, which may replace it, DDP, an optimizer in backward) hangs on the node
-that adds it to ``.grad``, and is to see this gradient alone.
+know whether it runs for ``.backward()`` or for ``torch.autograd.grad``, which must leave ``.grad`` alone; and what
+waits for the gradient of a parameter (tensor hooks, which may replace it, DDP, an optimizer in backward) hangs on the
+node that adds it to ``.grad``, and is to see this gradient alone.
 """
 
 from __future__ import annotations
