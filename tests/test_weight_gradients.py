@@ -617,6 +617,17 @@ def test_compiled(backend: str, gpu: bool, request: pytest.FixtureRequest) -> No
             assert_same((compiled(TOKENS, TOKENS), step(compiled_as(amp, compiled))), expected)
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "f16"])
+def test_a_compiler_sees_what_is_asked_of_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "_is_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(gemm, "float32_product", lambda left, right: torch.matmul(left.float(), right.float()))
+    torch._dynamo.reset()
+    amp = converted(dtype=dtype)
+    expected = {name: gradient.clone() for name, gradient in step(amp).items()}
+    with quiet():
+        assert_same(step(compiled_as(amp, torch.compile(amp, fullgraph=True, backend="aot_eager"))), expected)
+
+
 def compiled_as(amp: fxamp.AmpModule, compiled: Any) -> Any:
     """What ``step`` needs of a compiled module, under the names of the one that was compiled."""
 

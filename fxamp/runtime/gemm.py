@@ -77,11 +77,22 @@ _CALLS: Final[Mapping[str, Callable[..., Any]]] = {
 
 def has_float32_product(tensor: torch.Tensor) -> bool:
     """Whether a product of tensors like this one can be had in float32, without float32 copies of them."""
-    if not tensor.is_cuda or torch.version.hip is not None:  # ROCm refuses it in some builds, and is wrong in others
+    if not _is_on_gpu(tensor):
         return False
-    if tensor.dtype is torch.float16:  # sums in float16 that are written as float32 are refused
-        return not torch.backends.cuda.matmul.allow_fp16_accumulation
-    return tensor.dtype is torch.bfloat16
+    return tensor.dtype is torch.bfloat16 or (tensor.dtype is torch.float16 and not _adds_in_float16())
+
+
+def _is_on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.version.hip is None  # ROCm refuses the product in some builds
+
+
+def _adds_in_float16() -> bool:
+    """Whether sums are kept in float16, which are refused as float32."""
+    return torch.backends.cuda.matmul.allow_fp16_accumulation
+
+
+# What torch.compiler.assume_constant_result does, without an import of Dynamo: it cannot trace the question.
+_adds_in_float16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def float32_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -91,17 +102,29 @@ def float32_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _product(call: str, given: Operands, low: Low, beta: float = 1, alpha: float = 1) -> Any:
-    run = _CALLS[call]
+    # Nothing here is a loop: this runs at every call, and a loop over three operands takes longer than the rest.
+    (a, b, c), (low_a, low_b, low_c) = given, low
     if not torch.compiler.is_compiling() and _is_transformed():
-        return run(*(g if w is None else g.to(w.dtype) for g, w in zip(given, low, strict=True)), beta, alpha)
-    used: Any = tuple(g if w is None else w for g, w in zip(given, low, strict=True))
-    wanted = tuple(w is not None and g.requires_grad for g, w in zip(given, low, strict=True))
-    if not torch.is_grad_enabled() or not any(wanted):
-        return run(*used, beta, alpha)
-    if not _is_plain(call, given, used, wanted):
-        return run(*map(_tied, given, used, wanted), beta, alpha)
-    copies = (w.detach() if w is not None and w.requires_grad else w for w in low)
-    return _Product.apply(call, beta, alpha, *given, *copies)  # type: ignore[no-untyped-call]
+        return _CALLS[call](_recast(a, low_a), _recast(b, low_b), _recast(c, low_c), beta, alpha)
+    wants_a = low_a is not None and a.requires_grad
+    wants_b = low_b is not None and b.requires_grad
+    wants_c = low_c is not None and c.requires_grad
+    added, left, right = a if low_a is None else low_a, b if low_b is None else low_b, c if low_c is None else low_c
+    if not (wants_a or wants_b or wants_c) or not torch.is_grad_enabled():
+        return _CALLS[call](added, left, right, beta, alpha)
+    if (
+        (added is None or (_is_ordinary(added) and (not wants_a or _is_float32(a))))
+        and (_is_ordinary(left) and (not wants_b or _is_float32(b)))
+        and (_is_ordinary(right) and (not wants_c or _is_float32(c)))
+        and left.dtype is right.dtype
+        and has_float32_product(left)
+        and has_float32_product(right)
+        and (call != "linear" or right.dim() == 2)
+    ):
+        return _Product.apply(  # type: ignore[no-untyped-call]
+            call, beta, alpha, a, b, c, _detached(low_a), _detached(low_b), _detached(low_c)
+        )
+    return _CALLS[call](_tied(a, added, wants_a), _tied(b, left, wants_b), _tied(c, right, wants_c), beta, alpha)
 
 
 def _is_transformed() -> bool:
@@ -109,18 +132,21 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _is_plain(call: str, given: Operands, used: Operands, wanted: tuple[bool, ...]) -> bool:
-    """Whether the gradients that are wanted in float32 can be had so."""
-    _, left, right = used
-    tensors = [t for t in (*given, *used) if t is not None]
-    return (
-        all(type(t) in (torch.Tensor, nn.Parameter) for t in tensors)  # no class of sharded or quantised tensors
-        and all(g.dtype is torch.float32 for g, w in zip(given, wanted, strict=True) if w)
-        and left.dtype is right.dtype
-        and has_float32_product(left)
-        and has_float32_product(right)
-        and (call != "linear" or right.dim() == 2)
-    )
+def _is_ordinary(tensor: Any) -> bool:
+    """Whether it is of no class of sharded or quantised tensors."""
+    return type(tensor) is torch.Tensor or type(tensor) is nn.Parameter
+
+
+def _is_float32(weight: Any) -> bool:
+    return _is_ordinary(weight) and weight.dtype is torch.float32
+
+
+def _recast(given: Any, low: Any) -> Any:
+    return given if low is None else given.to(low.dtype)
+
+
+def _detached(low: Any) -> Any:
+    return low.detach() if low is not None and low.requires_grad else low
 
 
 def _tied(given: Any, used: Any, wanted: bool) -> Any:
@@ -153,22 +179,22 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: str, beta: float, alpha: float, *operands: Any) -> Any:
-        given, low = operands[:3], operands[3:]
-        used = tuple(g if w is None else w for g, w in zip(given, low, strict=True))
-        _, left, right = ctx.needs_input_grad[3:6]
-        ctx.save_for_backward(used[1] if right else None, used[2] if left else None)
+        a, b, c, low_a, low_b, low_c = operands
+        added, left, right = a if low_a is None else low_a, b if low_b is None else low_b, c if low_c is None else low_c
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(left if needs[5] else None, right if needs[4] else None)
         ctx.call, ctx.beta, ctx.alpha = call, beta, alpha
-        ctx.shapes = tuple(None if t is None else t.shape for t in used)
-        ctx.wide = tuple(w is not None for w in low)
-        ctx.weights = tuple(g if w is not None else None for g, w in zip(given, low, strict=True))
-        return _CALLS[call](*used, beta, alpha)
+        ctx.shapes = None if added is None else added.shape, left.shape, right.shape
+        ctx.wide = low_a is not None, low_b is not None, low_c is not None
+        ctx.weights = None if low_b is None else b, None if low_c is None else c
+        return _CALLS[call](added, left, right, beta, alpha)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,), (added, left, right) = gradients, ctx.needs_input_grad[3:6]
         operands = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted, also by the weights
-            pairs = zip(ctx.weights[1:], operands, strict=True)
+            pairs = zip(ctx.weights, operands, strict=True)
             operands = [low if w is None or low is None else _tied(w, low, w.requires_grad) for w, low in pairs]
         found = [
             _of_added(ctx, gradient) if added else None,
