@@ -88,7 +88,7 @@ def _is_on_gpu(tensor: torch.Tensor) -> bool:
 
 def _adds_in_float16() -> bool:
     """Whether sums are kept in float16, which are refused as float32."""
-    return torch.backends.cuda.matmul.allow_fp16_accumulation
+    return bool(torch.backends.cuda.matmul.allow_fp16_accumulation)
 
 
 # What torch.compiler.assume_constant_result does, without an import of Dynamo: it cannot trace the question.
