@@ -160,10 +160,13 @@ def test_the_product_against_float64(sizes: tuple[int, int, int], dtype: torch.d
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4 * max(rows, 1) ** 0.5)
 
 
-def test_float16_sums_are_left_to_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", True)
+def test_float16_sums_are_left_to_autocast() -> None:
     amp = fxamp.convert(Products().cuda(), policy="fast", dtype=torch.float16)
-    found, seen = gradients_of(amp, torch.randn(8, 16, 48, device="cuda"), nullcontext())
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    try:
+        found, seen = gradients_of(amp, torch.randn(8, 16, 48, device="cuda"), nullcontext())
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
     assert "aten.mm.dtype" not in {op[0] for op in seen.ops}
     assert all(gradient.isfinite().all() for gradient in found.values())
 
