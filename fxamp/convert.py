@@ -21,7 +21,13 @@ from fxamp.plan.observer import FakeObserver
 from fxamp.plan.recorded import RecordedObserver
 from fxamp.plan.trials import AutocastFailsError
 from fxamp.policy import Policy, Ruling
-from fxamp.rewrite import fold_weight_casts, group_weight_casts, insert_casts, verify
+from fxamp.rewrite import (
+    direct_weight_gradients,
+    fold_weight_casts,
+    group_weight_casts,
+    insert_casts,
+    verify,
+)
 from fxamp.runtime import AmpModule, Asked, Conversion, Stages
 from fxamp.runtime.checks import not_a_scalar
 
@@ -118,9 +124,10 @@ def _plan(program: Program, traced: Traced, policy: Policy, mode: str, examples:
 def _rewrite(program: Program, traced: Traced, plan: PrecisionPlan, *, to_freeze: bool) -> fx.Graph:
     """The graph in which it is done, verified; few calls cast all weights, but for those that are to be frozen."""
     graph = insert_casts(traced.graph, plan)
-    if not to_freeze:
-        group_weight_casts(graph, program.attribute)
     verify(graph, traced.graph, plan)
+    if not to_freeze:
+        direct_weight_gradients(graph, plan)
+        group_weight_casts(graph, program.attribute)
     return graph
 
 

@@ -141,15 +141,8 @@ class _Planner:
         """Where calls are to run otherwise than it was decided, so that it costs least."""
         written = self.sharing.is_written
         steps = [Step(node, call, decision, written(node)) for node, (call, decision) in self._calls.items()]
-        return place(
-            steps,
-            self._ambient,
-            self._device_type,
-            attribute=self._attribute,
-            size_of=self._size_of,
-            costs=costs,
-            gradients=gradients,
-        )
+        options: Any = {"attribute": self._attribute, "size_of": self._size_of, "costs": costs}
+        return place(steps, self._ambient, self._device_type, gradients=gradients, **options)
 
     def _size_of(self, node: fx.Node) -> int:
         """How many elements a value has; without shapes, what is known of its rank, and a nominal size."""

@@ -104,7 +104,9 @@ def _replace(graph: fx.Graph, group: list[fx.Node]) -> None:
         if first < weight:
             first.prepend(weight)
     with graph.inserting_before(first):
-        together = graph.call_function(WeightCasts(*first.args[1:]), tuple(weights))  # type: ignore[arg-type]
+        dtype, epoch = (*first.args[1:], -1)[:2]
+        casts = WeightCasts(dtype, epoch, bool(first.meta.get("detached")))  # type: ignore[arg-type]
+        together = graph.call_function(casts, tuple(weights))
         together.meta = {"module_of": "weights", "module": "", "source": "", "regions": ()}
         parts = [graph.call_function(operator.getitem, (together, i)) for i in range(len(group))]
     for cast, part in zip(group, parts, strict=True):

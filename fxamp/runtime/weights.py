@@ -73,10 +73,12 @@ class WeightCasts:
     Attributes:
         dtype: the low dtype.
         epoch: which outermost autocast region they are in.
+        detached: nobody asks for the gradients of the low copies.
     """
 
     dtype: torch.dtype
     epoch: int = -1
+    detached: bool = False
     _buffers: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -91,7 +93,8 @@ class WeightCasts:
             return _held(weights, (self.dtype, self.epoch, 0))
         if torch.compiler.is_compiling() or _one_by_one(weights):
             return tuple([weight.to(self.dtype) for weight in weights])
-        return _cast_together(weights, self.dtype, self._buffers)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
+            return _cast_together(weights, self.dtype, self._buffers)
 
 
 def _held(weights: Sequence[torch.Tensor], key: tuple[torch.dtype, int, int]) -> tuple[torch.Tensor, ...]:
