@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
-__all__ = ["Clock", "DeviceClock", "HostClock", "clock_of", "measurable"]
+__all__ = ["Clock", "DeviceClock", "HostClock", "clock_of", "indexed", "measurable"]
 
 
 class Clock(Protocol):
@@ -93,6 +93,13 @@ def _without(idle: float, seconds: float) -> float:
 def clock_of(device: torch.device) -> Clock:
     """The clock for a device."""
     return HostClock() if device.type == "cpu" else DeviceClock(torch.get_device_module(device))
+
+
+def indexed(device: torch.device) -> torch.device:
+    """A device with its number, where there may be several."""
+    if device.type == "cpu" or device.index is not None:
+        return device
+    return torch.device(device.type, torch.get_device_module(device).current_device())
 
 
 def measurable(device: torch.device) -> bool:

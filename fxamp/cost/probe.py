@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 
 from fxamp.cost.calls import Call
-from fxamp.cost.clock import Clock, clock_of
+from fxamp.cost.clock import Clock, clock_of, indexed
 from fxamp.cost.curves import SIZES, at
 from fxamp.cost.measuring import LONG, measure
 from fxamp.cost.spec import Spec
@@ -26,6 +26,7 @@ __all__ = ["Probe"]
 
 LIMIT: Final = 20.0
 _MOST_BYTES: Final = 1 << 31  # of the arguments of a call: a larger one is not made for the sake of a measurement
+_SMALL: Final = 1e8  # of this work no call takes long
 _TIMES: Final = 8  # how often a short call is made in a measurement, about
 
 
@@ -47,7 +48,7 @@ class Probe:
     def __init__(
         self, device: torch.device, *, path: Path | None = None, limit: float = LIMIT, clock: Clock | None = None
     ) -> None:
-        self.device = device
+        self.device = device = indexed(device)
         self.spent = 0.0
         self._limit = limit
         self._clock = clock_of(device) if clock is None else clock
@@ -134,7 +135,7 @@ class Probe:
         spent, start = self.spent, self._clock.now()
         with undisturbed(self.device, training=call.training):
             row = self._store.get(text) or Row(call.work())
-            if always or self._affordable(call, row.work, len(dtypes)):
+            if always or self._affordable(call, row.work, list(dtypes)):
                 self._measure(row, call, dtypes, idle)
             else:
                 self._estimate(row, call, list(dtypes))
@@ -174,13 +175,13 @@ class Probe:
 
     # -- what is not measured ----------------------------------------------------------------------------
 
-    def _affordable(self, call: Call, work: float, times: int) -> bool:
+    def _affordable(self, call: Call, work: float, names: list[str]) -> bool:
         if sum(spec.nbytes() for spec in call.specs()) > _MOST_BYTES:
             return False
-        alike = self._alike(call, ["f32"])
+        alike = self._alike(call, names)
         left = self._limit - self.spent + (0.0 if alike else self._limit)
-        expected = self._scaled(alike, work, "f32") if alike else work / self._pace()
-        return expected * times * (1 if expected > LONG else _TIMES) <= left
+        expected = [self._scaled(alike, work, name) if alike else self._guess(work) for name in names]
+        return sum(each * (2 if each > LONG else _TIMES) for each in expected if each is not None) <= left
 
     def _alike(self, call: Call, names: Sequence[str]) -> list[Row]:
         """The measurements of other calls of the operator, in all of some dtypes."""
@@ -199,12 +200,14 @@ class Probe:
         known = [found for row in alike if (found := row.measured[name]) is not None]
         return None if seconds is None else max(seconds * work / max(nearest.work, 1.0), min(known))
 
-    def _pace(self) -> float:
-        """Floating-point operations a second, about."""
+    def _guess(self, work: float) -> float:
+        """Seconds of a call of an operator that nothing is known of, at the pace of a matrix product."""
+        if work < _SMALL:
+            return 0.0
         square = Spec((256, 256), torch.float32)
         call = Call("mm", torch.mm, (square, square), {}, training=False)
         seconds = self._compare(call, (torch.float32,), always=True)[0]
-        return call.work() / seconds if seconds else math.inf
+        return work * (seconds or 0.0) / call.work()
 
 
 _STARTS: Final = "view_as"

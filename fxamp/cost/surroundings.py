@@ -59,6 +59,7 @@ def settings() -> str:
 def _read_settings() -> Iterator[tuple[str, object, object]]:
     backends: Any = torch.backends
     yield "cuda.matmul", backends.cuda.matmul.fp32_precision, "none"
+    yield "cuda.matmul.f16", backends.cuda.matmul.allow_fp16_accumulation, False
     yield "cudnn.conv", backends.cudnn.conv.fp32_precision, "tf32"
     yield "mkldnn.matmul", backends.mkldnn.matmul.fp32_precision, "none"
     yield "mkldnn.conv", backends.mkldnn.conv.fp32_precision, "none"
