@@ -38,4 +38,4 @@ def at(numel: int, sizes: Sequence[int], seconds: Sequence[float]) -> float:
     index = next(index for index, size in enumerate(sizes) if size > numel)
     (low, high), (fast, slow) = sizes[index - 1 : index + 1], rising[index - 1 : index + 1]
     part = math.log(numel / low) / math.log(high / low)
-    return min(fast * (slow / fast) ** part, slow)
+    return min(fast * math.pow(slow / fast, part), slow)
