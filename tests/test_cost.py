@@ -672,7 +672,9 @@ def test_casts_and_pointwise_calls_take_longer_the_larger_they_are(training):
         seconds = [one(size) for size in sizes]
         assert seconds == sorted(seconds)
         assert seconds[-1] > 100 * seconds[0] > 0
+        known = dict(probe._store._rows)
         assert seconds == [one(size) for size in sizes]
+        assert known == probe._store._rows
 
 
 @pytest.mark.cuda

@@ -7,7 +7,7 @@ is limited; after that, and for calls that would take too long, it scales what i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,6 +53,7 @@ class Probe:
         self._limit = limit
         self._clock = clock_of(device) if clock is None else clock
         self._store = open_store(path, device)
+        self._curves: dict[Hashable, list[tuple[int, float]]] = {}
 
     def compare(
         self,
@@ -99,7 +100,7 @@ class Probe:
             tensor = Spec((size,), source, grad=training, fixed=True)
             return Call("_to_copy", "to", (tensor, target), {}, training)
 
-        return self._curve(one, numel, (source,))
+        return self._along(("cast", source, target, training), one, numel, (source,))
 
     def pointwise(self, numel: int, dtype: torch.dtype, *, training: bool = False) -> float:
         """Seconds of an operator that reads and writes so many elements; with ``training``, also their gradients."""
@@ -107,17 +108,19 @@ class Probe:
         def one(size: int) -> Call:
             return Call("mul", torch.mul, (Spec((size,), torch.float32, grad=training), 0.5), {}, training)
 
-        return self._curve(one, numel, tuple(dict.fromkeys((dtype, torch.float32))))
+        return self._along(("pointwise", dtype, training), one, numel, tuple(dict.fromkeys((dtype, torch.float32))))
 
     def save(self) -> None:
         """Keep what was found on disk, where there is a place for it."""
         self._store.save()
 
-    def _curve(self, one: Callable[[int], Call], numel: int, dtypes: Sequence[torch.dtype]) -> float:
+    def _along(self, curve: Hashable, one: Callable[[int], Call], numel: int, dtypes: Sequence[torch.dtype]) -> float:
         """By interpolation, in the first of the dtypes. It is short, and measured whatever was spent."""
-        sizes = SIZES.get(self.device.type, SIZES["cuda"])
-        seconds = [self._compare(one(size), dtypes, always=True)[0] for size in sizes]
-        known = [(size, each) for size, each in zip(sizes, seconds, strict=True) if each is not None]
+        if curve not in self._curves:
+            sizes = SIZES.get(self.device.type, SIZES["cuda"])
+            seconds = [self._compare(one(size), dtypes, always=True)[0] for size in sizes]
+            self._curves[curve] = [(size, each) for size, each in zip(sizes, seconds, strict=True) if each is not None]
+        known = self._curves[curve]
         return at(numel, *zip(*known, strict=True)) if known else 0.0
 
     def _compare(self, call: Call, dtypes: Sequence[torch.dtype], *, always: bool = False) -> tuple[float | None, ...]:
