@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import fxamp
+import fxamp.cost
 
 PACKAGE = Path(fxamp.__file__).parent
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -51,7 +52,7 @@ def test_the_public_names() -> None:
 
 
 def test_nothing_else_looks_public() -> None:
-    parts = {"capture", "compiling", "dtypes", "errors", "insight", "plan", "policy", "rewrite", "runtime"}
+    parts = {"capture", "compiling", "cost", "dtypes", "errors", "insight", "plan", "policy", "rewrite", "runtime"}
     found = {name for name in vars(fxamp) if not name.startswith("_")} - {"registered"}  # torch.compile imports it
     assert found == {*fxamp.__all__} | parts
 
@@ -181,8 +182,8 @@ def test_the_errors_named(name: str, errors: list[str]) -> None:
 
 # Each part may import itself and the parts before it.
 ORDER = (
-    "errors", "dtypes", "policy", "capture", "plan", "runtime", "rewrite", "insight", "convert", "compiling", "backend",
-    "registered", "__init__",
+    "errors", "dtypes", "cost", "policy", "capture", "plan", "runtime", "rewrite", "insight", "convert", "compiling",
+    "backend", "registered", "__init__",
 )  # fmt: skip
 
 
