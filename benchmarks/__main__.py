@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler is not to talk between the lines
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the memory profiler prints two lines a use otherwise
 
 import torch
 

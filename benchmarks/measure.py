@@ -1,7 +1,7 @@
 """A case measured: one row for each variant, with its times, casts, memory and conversion.
 
-Casts and memory are counted first, each variant alone with a model of its own; then all variants are made beside each
-other, on one model, and timed in turns.
+All variants are made beside each other, on one model. Then casts and memory are counted, each variant alone with a
+model of its own, and at last all are timed in turns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.casts import count_casts
+from benchmarks.casts import Casts, count_casts
 from benchmarks.memory import WARM_UP, peak_bytes
 from benchmarks.progress import Progress
 from benchmarks.timing import Timed, ratios, time_in_turns
@@ -28,10 +28,11 @@ Variant = Callable[[Made], Built]
 
 
 class Counted(NamedTuple):
-    """What does not depend on the clock."""
+    """What does not depend on the clock; and how long a second conversion took, on the way."""
 
     casts: dict[str, Any] | None = None
     peak: int | None = None
+    conversion_seconds: float | None = None
     failed: str | None = None
 
 
@@ -44,12 +45,12 @@ def measure(case: Case, phase: str, setting: Setting, rounds: int, progress: Pro
     """The rows of a case in one phase; what fails becomes a row that says so."""
     variants = VARIANTS[phase]
     progress.doing(f"{case.name} {phase}{' compiled' if setting.compiled else ''}")
+    made = made_of(case, phase, setting)
+    built = {name: _built(variant, made) for name, variant in variants.items()}
     counted = {}
     for name, variant in variants.items():
         counted[name] = _counted(case, phase, setting, variant)
         progress.advance()
-    made = made_of(case, phase, setting)
-    built = {name: _built(variant, made) for name, variant in variants.items()}
     steps = {name: found.step for name, found in built.items() if isinstance(found, Built)}
     timed = time_in_turns(steps, rounds, setting.device, progress.advance)
     about = {"case": case.name, "kind": case.kind, "phase": phase, "compiled": setting.compiled}
@@ -68,18 +69,21 @@ def _counted(case: Case, phase: str, setting: Setting, variant: Variant) -> Coun
 
     try:
         peak = peak_bytes(fresh, setting.device)
-        return Counted(None if setting.compiled else _casts(made_of(case, phase, setting), variant), peak)
+        if setting.compiled:
+            return Counted(peak=peak)
+        made = made_of(case, phase, setting)
+        built = variant(made)
+        return Counted(_casts(built.step, made).to_dict(), peak, built.conversion_seconds)
     except Exception as error:
         return Counted(failed=_text(error))
     finally:
         _free(setting)
 
 
-def _casts(made: Made, variant: Variant) -> dict[str, Any]:
-    step = variant(made).step
+def _casts(step: Step, made: Made) -> Casts:
     for _ in range(WARM_UP):
         step()  # what is made once is no cast of a step
-    return count_casts(step, made.model.parameters()).to_dict()
+    return count_casts(step, made.model.parameters())
 
 
 def _built(variant: Variant, made: Made) -> Built | str:
@@ -99,6 +103,7 @@ def _row(counted: Counted, built: Built | str, timed: Timed | None) -> Row:
         "casts": counted.casts,
         "peak_bytes": counted.peak,
         "conversion_seconds": None if isinstance(built, str) else built.conversion_seconds,
+        "second_conversion_seconds": counted.conversion_seconds,
         "failed": None if failed is None else f"failed: {failed}",
     }
 

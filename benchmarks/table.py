@@ -10,16 +10,20 @@ from tabulate import tabulate
 __all__ = ["text_of"]
 
 ROW = ("case", "variant", "ms", "to autocast", "quartiles", "to floor", "casts", "back", "MB cast", "of weights")
-ENDS = ("peak MB", "convert s", "")
+ENDS = ("peak MB", "convert s", "again s", "")
 MEANS = ("variant", "all", "launch-bound", "large", "worst", "of", "to floor", "cases", "failed")
-FLOATS = {"ms": ".3f", "to autocast": ".3f", "to floor": ".3f", "MB cast": ".2f", "peak MB": ".2f", "convert s": ".2f"}
+DIGITS = {
+    **dict.fromkeys(("ms", "to autocast", "to floor"), ".3f"),
+    **dict.fromkeys(("MB cast", "peak MB", "convert s", "again s"), ".2f"),
+}
 
 NOTES = """\
 to autocast, to floor: the median over the rounds of the time by that of autocast, or of the model wholly in the low
 dtype, in the same round; quartiles: of the ratio to autocast. A training step is forward, loss, backward and gradients
 set to None, without an optimizer. casts, back: casts that one step dispatches in forward and in backward; MB cast: what
 they read and write; of weights: the share of it that parameters and their gradients have. peak MB: allocated at once,
-with the model and its batch. convert s: seconds of the conversion. Means are geometric, of the ratios to autocast."""
+with the model and its batch. convert s, again s: seconds of the first conversion, which may measure what later ones
+know, and of a second one. Means are geometric."""
 
 
 def text_of(result: dict[str, Any]) -> str:
@@ -35,11 +39,11 @@ def text_of(result: dict[str, Any]) -> str:
 
 def _cases(rows: list[dict[str, Any]]) -> str:
     headers = (*ROW, *ENDS)
-    lines: list[list[Any]] = []
-    for row in rows:
-        first = not lines or lines[-1][-1] != row["case"]
-        lines.append([*_case(row, first), row["case"]])
-    return tabulate([line[:-1] for line in lines], headers, floatfmt=[FLOATS.get(each, "g") for each in headers])
+    firsts = {row["case"]: row for row in reversed(rows)}
+    lines = [_case(row, row is firsts[row["case"]]) for row in rows]
+    table = tabulate(lines, headers, floatfmt=[DIGITS.get(each, "g") for each in headers])
+    hidden = {name for row in rows for name in (row["casts"] or {}).get("not_seen_into", ())}
+    return f"{table}\n\nnot seen into when casts are counted: {', '.join(sorted(hidden))}" if hidden else table
 
 
 def _case(row: dict[str, Any], first: bool) -> list[Any]:
@@ -58,6 +62,7 @@ def _case(row: dict[str, Any], first: bool) -> list[Any]:
         *counts,
         _or_none(row["peak_bytes"], 1e-6),
         row["conversion_seconds"],
+        row["second_conversion_seconds"],
         (row["failed"] or "")[:60],
     ]
 
