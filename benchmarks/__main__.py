@@ -7,6 +7,7 @@ the date, the version of torch and the machine. On a CPU one thread is used.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import sys
@@ -55,6 +56,7 @@ def _rows(cases: list[Case], phases: tuple[str, ...], settings: list[Setting], r
             for setting in settings:
                 for case in cases:
                     rows += measure(case, phase, setting, rounds, progress)
+    gc.unfreeze()
     return rows
 
 

@@ -22,6 +22,11 @@ __all__ = ["Casts", "count_casts"]
 
 aten = torch.ops.aten
 
+_VIEWS = {
+    f"{name}Backward0"
+    for name in "AsStrided Expand Permute ReshapeAlias Select Slice Split Squeeze T Transpose Unsqueeze View".split()
+}
+
 
 @dataclass
 class Casts:
@@ -75,14 +80,19 @@ class _Counter(TorchDispatchMode):
             self.found.forward += 1
         else:
             self.found.backward += 1
-        sizes = _leaf_sizes(node)
         for source, target in pairs:
             moved = source.numel() * (source.element_size() + target.element_size())
             self.found.bytes += moved
-            if _storage(source) in self.weights or target.numel() in sizes:
+            if _storage(source) in self.weights or self.is_gradient(target, node):
                 self.found.weight_bytes += moved
             elif in_place and node is not None:
                 self.written[_storage(target)] = moved
+
+    def is_gradient(self, cast: Tensor, node: Any) -> bool:
+        """Whether what a node of backward casts is the gradient of a weight: it, or a view of it, comes next."""
+        following = [] if node is None else [_leaf(after) for after, _ in node.next_functions]
+        leaves = [leaf for leaf in following if leaf is not None and _storage(leaf) in self.weights]
+        return bool(leaves) and (len(following) == 1 or any(leaf.numel() == cast.numel() for leaf in leaves))
 
     def close(self, parameters: Iterable[nn.Parameter]) -> None:
         """Gradients that were cast straight into what is now ``.grad`` are the weights' too."""
@@ -108,11 +118,8 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _leaf_sizes(node: Any) -> set[int]:
-    """How large the parameters are whose gradients come straight out of a node, or out of views after it."""
-    if node is None:
-        return set()
-    following = [after for after, _ in node.next_functions if after is not None]
-    while len(following) == 1 and not hasattr(following[0], "variable"):
-        following = [after for after, _ in following[0].next_functions if after is not None]
-    return {after.variable.numel() for after in following if hasattr(after, "variable")}
+def _leaf(node: Any) -> Tensor | None:
+    """The leaf whose gradient a node takes in, where nothing but views is between."""
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None)

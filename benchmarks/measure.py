@@ -43,6 +43,8 @@ def ticks(phase: str, rounds: int) -> int:
 
 def measure(case: Case, phase: str, setting: Setting, rounds: int, progress: Progress) -> list[Row]:
     """The rows of a case in one phase; what fails becomes a row that says so."""
+    gc.collect()
+    gc.freeze()  # what is alive before a case is never garbage in it: collections within it are short
     variants = VARIANTS[phase]
     progress.doing(f"{case.name} {phase}{' compiled' if setting.compiled else ''}")
     made = made_of(case, phase, setting)

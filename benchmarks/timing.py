@@ -60,15 +60,12 @@ def ratios(times: list[float], reference: list[float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _without_collections() -> Iterator[None]:
-    """No collection but those between the rounds; what is alive now is left out of them, which makes them short."""
-    gc.collect()
-    gc.freeze()
+    """No collection of garbage but those between the rounds."""
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.unfreeze()
 
 
 def _warmed(step: Callable[[], Any], device: str) -> Timed:
