@@ -1,6 +1,7 @@
 # make demo: train two small networks in mixed precision, in under two minutes
 # make test: lint, format, types, and every test that is for every day
 # make slow: the tests that take minutes more
+# make benchmark: times, casts and memory of models in each variant, in about ten minutes, into benchmarks/results/
 # make third-party: the models of transformers, timm and others, from their packages
 # All need Python 3.11 or later and build their own virtual environment in .venv.
 
@@ -14,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 # These name torchvision, which they need only for what no model does.
 WITHOUT_TORCHVISION := timm segmentation-models-pytorch vit-pytorch denoising-diffusion-pytorch
 
-.PHONY: demo test slow third-party clean
+.PHONY: demo test slow benchmark third-party clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -28,6 +29,9 @@ test: $(VENV)/.test
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 -m "slow and not third_party"
+
+benchmark: $(VENV)/.benchmark
+	$(BIN)/python -m benchmarks
 
 third-party: $(VENV)/.third-party
 	$(BIN)/python -m pytest -q tests/third_party
@@ -46,6 +50,6 @@ $(VENV)/.third-party: $(VENV)/.test
 	$(PIP) --no-deps $(WITHOUT_TORCHVISION)
 	touch $@
 
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+$(VENV)/.benchmark $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(PIP) -e '.[$*]'
 	touch $@
