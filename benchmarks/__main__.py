@@ -1,7 +1,9 @@
 """Measures the suite: ``python -m benchmarks``, or ``python -m benchmarks --device cuda`` on a GPU.
 
 A table goes to stdout; the same, everything as JSON, and a chart go to ``benchmarks/results/``, into files that carry
-the date, the version of torch and the machine. On a CPU one thread is used.
+the date, the version of torch and the machine. On a CPU one thread is used. There float16 is for a few cases only
+(``--only``): in it a backward of torch's convolutions takes up to a minute on a CPU without instructions for that, and
+its LSTM refuses it.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ Counted at dispatch, so exactly what runs: forward and backward, whoever asked f
 floating-point numbers into those of another dtype and does nothing else: ``_to_copy``, ``copy_``, and
 ``_foreach_copy_``, which is one cast however many tensors it is given. A product that is asked for an ``out_dtype`` is
 none. The bytes of a cast are those that it reads and those that it writes.
+
+What an operator casts within itself is not dispatched, and no cast here: on a CPU the sum of a bfloat16 and a float32
+tensor makes a float32 copy of the first. Such copies are in the time and in the memory of a step.
 """
 
 from __future__ import annotations

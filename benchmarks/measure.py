@@ -85,7 +85,7 @@ def _counted(case: Case, phase: str, setting: Setting, variant: Variant) -> Coun
 def _casts(step: Step, made: Made) -> Casts:
     for _ in range(WARM_UP):
         step()  # what is made once is no cast of a step
-    return count_casts(step, made.model.parameters())
+    return count_casts(step, [*made.model.parameters(), *step.parameters])
 
 
 def _built(variant: Variant, made: Made) -> Built | str:

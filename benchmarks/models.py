@@ -143,12 +143,13 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, *, fused: bool, causal: bool) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.qkv = nn.Linear(width, 3 * width) if fused else None
-        self.each = None if fused else nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.fused = fused
+        self.qkv = nn.ModuleList([nn.Linear(width, 3 * width)] if fused else [nn.Linear(width, width) for _ in "qkv"])
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        parts = self.qkv(x).chunk(3, dim=-1) if self.each is None else [layer(x) for layer in self.each]
+        parts = [layer(x) for layer in self.qkv]
+        parts = parts[0].chunk(3, dim=-1) if self.fused else parts
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
         return self.out(y.transpose(1, 2).flatten(2))

@@ -1,4 +1,4 @@
-"""How far is it? A bar of tqdm where that is installed, and otherwise a line on stderr for each part."""
+"""How far is it? A bar of tqdm on a terminal where that is installed, and otherwise a line on stderr for each part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Progress:
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.label = total, 0, ""
-        self.bar = tqdm(total=total, file=sys.stderr) if tqdm is not None else None
+        self.bar = tqdm(total=total, file=sys.stderr) if tqdm is not None and sys.stderr.isatty() else None
 
     def __enter__(self) -> Progress:
         return self

@@ -48,7 +48,7 @@ def _cases(rows: list[dict[str, Any]]) -> str:
 
 def _case(row: dict[str, Any], first: bool) -> list[Any]:
     ratio, casts = row["to_autocast"], row["casts"]
-    counts = [None] * 4
+    counts: list[Any] = [None] * 4
     if casts is not None:
         share = f"{casts['weight_bytes'] / casts['bytes']:.0%}" if casts["bytes"] else None
         counts = [casts["forward"], casts["backward"], casts["bytes"] / 1e6, share]

@@ -13,7 +13,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ class Timed:
 
 
 def time_in_turns(
-    steps: dict[str, Callable[[], Any]], rounds: int, device: str, after_round: Callable[[], None] = lambda: None
+    steps: Mapping[str, Callable[[], Any]], rounds: int, device: str, after_round: Callable[[], None] = lambda: None
 ) -> dict[str, Timed]:
     """Every step timed in every round. One that fails is out of the rounds from then on."""
     timed = {name: _warmed(step, device) for name, step in steps.items()}
