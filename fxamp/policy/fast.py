@@ -52,17 +52,12 @@ NO_LARGER: Final = frozenset(
 )
 """Operators whose result is no larger than the largest of its inputs and scalars, so in range when these are."""
 
-# The arguments of a norm that may stay in float32 beside a low input, by place. On a GPU the kernels of layer_norm and
-# group_norm read weight and bias as the input's dtype, and refuse another one.
+# The arguments of a norm that may stay in float32 beside a low input, by place. On a GPU the kernels of layer_norm
+# and group_norm read weight and bias as the input's dtype, and refuse another one; rms_norm takes it, with a warning,
+# and is then made of many kernels.
 _FLOAT32_ARGUMENTS: Final[Mapping[str, Mapping[str, tuple[int, ...]]]] = {
-    "cpu": {
-        "batch_norm": (1, 2, 3, 4),
-        "group_norm": (2, 3),
-        "instance_norm": (1, 2, 3, 4),
-        "layer_norm": (2, 3),
-        "rms_norm": (2,),
-    },
-    "cuda": {"batch_norm": (1, 2, 3, 4), "instance_norm": (1, 2, 3, 4), "rms_norm": (2,)},
+    "cpu": {"batch_norm": (1, 2, 3, 4), "group_norm": (2, 3), "instance_norm": (1, 2, 3, 4), "layer_norm": (2, 3)},
+    "cuda": {"batch_norm": (1, 2, 3, 4), "instance_norm": (1, 2, 3, 4)},
 }
 
 
