@@ -14,9 +14,11 @@ from torch.nn.parameter import is_lazy
 from fxamp.capture import Layout, Program, Traced
 from fxamp.capture.clone import is_compiled
 from fxamp.capture.facts import gpu_is_away
+from fxamp.cost import Probe, measurable
 from fxamp.errors import CaptureError, FxampError, describe
 from fxamp.insight import report_of
 from fxamp.plan import PrecisionPlan, make_plan
+from fxamp.plan.measured import Measured
 from fxamp.plan.observer import FakeObserver
 from fxamp.plan.recorded import RecordedObserver
 from fxamp.plan.trials import AutocastFailsError
@@ -115,10 +117,23 @@ def _plan(program: Program, traced: Traced, policy: Policy, mode: str, examples:
         observer = RecordedObserver(policy, under_autocast=not gpu_is_away(policy.device_type or "cpu"))
     elif examples is not None:
         observer = FakeObserver(program.attribute, traced.graph, examples, policy.device_type or "cpu")
-    plan = make_plan(traced.graph, program.attribute, policy, rulings, mode=mode, observer=observer)
+    probe = _probe(program, policy) if isinstance(observer, FakeObserver) else None
+    costs = None
+    if probe is not None and isinstance(observer, FakeObserver):
+        costs = Measured(probe, traced.graph, observer, program.attribute, policy, training=mode != "eval")
+    plan = make_plan(traced.graph, program.attribute, policy, rulings, mode=mode, observer=observer, costs=costs)
+    if probe is not None:
+        probe.save()
     if isinstance(observer, FakeObserver) and program.has_loss:
         _check_loss(traced.graph, observer)
     return plan
+
+
+def _probe(program: Program, policy: Policy) -> Probe | None:
+    """What measures the calls of a model where it runs, when that is where it is planned for."""
+    device = next((tensor.device for tensor in program.whole.parameters()), torch.device("cpu"))
+    wanted = policy.name == "fast" and device.type == policy.device_type
+    return Probe(device) if wanted and measurable(device) else None
 
 
 def _rewrite(program: Program, traced: Traced, plan: PrecisionPlan, *, to_freeze: bool) -> fx.Graph:

@@ -239,18 +239,28 @@ def test_memory_is_used_again_only_when_nothing_holds_it() -> None:
     def places(low: Any) -> list[int]:
         return [tensor.data_ptr() for tensor in low]
 
-    first = casts(*weights)
+    with torch.no_grad():
+        first, second = casts(*weights), casts(*weights)
     at = places(first)
-    second = casts(*weights)
     assert not set(at) & set(places(second)), "the first ones are held"
     view = second[0].t()
     kept = view.clone()
     held, free = places(second)[0], places(second)[1:]
     del first, second
-    third = casts(*weights)
+    with torch.no_grad():
+        third = casts(*weights)
     assert places(third)[1:] == free
     assert places(third)[0] != held
     assert_same(view, kept)
+
+
+def test_no_memory_is_kept_over_a_backward() -> None:
+    casts, weights = WeightCasts(LOW), list(mlp().parameters())
+    with torch.no_grad():
+        casts(*weights)
+    assert len(casts._buffers) == 6
+    casts(*weights)
+    assert not casts._buffers
 
 
 def test_memory_that_backward_needs_is_not_used_again() -> None:
@@ -341,7 +351,8 @@ def test_a_copy_and_a_pickle_have_memory_of_their_own() -> None:
 
 def test_no_memory_is_left_when_the_module_is_gone() -> None:
     amp = converted(mlp())
-    amp(X, Y)[0].backward()
+    with torch.no_grad():
+        amp(X, Y)
     (casts,) = (node.target for node in amp.graph.nodes if isinstance(node.target, WeightCasts))
     kept = [weakref.ref(buffer) for buffer in casts._buffers.values()]
     assert len(kept) == 6

@@ -11,10 +11,11 @@ from fxamp.dtypes import is_castable
 from fxamp.plan.calls import argument_keys
 from fxamp.plan.decision import Cast, Decision
 from fxamp.plan.flow import Flow, Value, promoted, tensors_in
+from fxamp.policy.fast import float32_arguments
 from fxamp.policy.flow import ONE_DTYPE
-from fxamp.policy.operators import optional_tensors
+from fxamp.policy.operators import argument_places, optional_tensors
 
-__all__ = ["castable", "casts_to", "computed_with", "computes_in", "eligible", "gives_dtype"]
+__all__ = ["castable", "casts_to", "computed_with", "computes_in", "eligible", "gives_dtype", "stay_float32"]
 
 
 def eligible(node: fx.Node, decision: Decision) -> list[torch.dtype | None]:
@@ -60,3 +61,9 @@ def gives_dtype(node: fx.Node) -> bool:
     """Whether the user gives a call a dtype."""
     values = (*node.args, *node.kwargs.values())
     return node.kwargs.get("dtype") is not None or any(isinstance(value, torch.dtype) for value in values)
+
+
+def stay_float32(node: fx.Node, aten: str, device_type: str) -> list[bool]:
+    """For each slot of a call in the low dtype whether it may be float32 all the same, as the weights of norms are."""
+    kept, places = float32_arguments(aten, device_type), argument_places(aten)
+    return [(places.get(key) if isinstance(key, str) else key) in kept for key in argument_keys(node)]

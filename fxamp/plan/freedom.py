@@ -75,13 +75,14 @@ class Freedom:
     def _read(self, step: Step) -> None:
         kind = self._kind(step)
         self._precise.read(step.node, step.call, step.decision, kind)
-        if kind == "lower" or (kind not in (None, "fp32") and not self._keeps_float32(step.node, str(kind))):
+        if kind == "lower" or (kind not in (None, "fp32") and not self._keeps_float32(step, str(kind))):
             self.free[step.node] = str(kind)
         elif kind is not None and step.decision.rule in ("follow", "promote"):
             self.forced.add(step.node)
 
-    def _keeps_float32(self, node: fx.Node, kind: str) -> bool:
-        return self._precise.comes_in(node) or self._precise.has_number_out_of_range(node, kind)
+    def _keeps_float32(self, step: Step, kind: str) -> bool:
+        precise = self._precise.comes_in(step.node, step.decision)
+        return precise or self._precise.has_number_out_of_range(step.node, kind)
 
     def _kind(self, step: Step) -> str | None:
         """What a call is when its dtype may be chosen: one of the table's kinds, "view" or "lower"."""
@@ -111,7 +112,7 @@ class Freedom:
         """Whether a use of a value is told its dtype, or is a write, of which nothing is cast."""
         call = self.steps[user].call
         if call is not None and call.steering:
-            return user.target not in _SHAPE_READS and (user.target is not getattr or user.args[1] in _DTYPE_READS)
+            return user.target in _DTYPE_READS or (user.target is getattr and user.args[1] in _DTYPE_NAMES)
         return call is not None and call.inplace
 
     def _is_either(self, flow: Flow) -> bool:
@@ -131,7 +132,8 @@ class Freedom:
     def _drop_torn_tuples(self) -> None:
         """A tuple cannot be cast: it is free when all its parts are, which then are on its side."""
         for node in [node for node in self.free if not isinstance(self.steps[node].decision.output, Value)]:
-            if not all(user in self.free and self.steps[user].call.aten == "getitem" for user in node.users):  # type: ignore[union-attr]
+            calls = [(user, call) for user in node.users if (call := self.steps[user].call) and not call.steering]
+            if not all(user in self.free and call.aten == "getitem" for user, call in calls):
                 del self.free[node]
         for node in list(self.free):
             if self.takes_a_part(node) and node.all_input_nodes[0] not in self.free:
@@ -148,7 +150,9 @@ class Freedom:
         return isinstance(flow, Value) and self.side(flow) is not None
 
 
-_SHAPE_READS: Final = frozenset("size dim ndimension numel nelement stride is_contiguous __len__ get_device".split())
-_DTYPE_READS: Final = frozenset({"dtype", "itemsize", "nbytes"})
+_DTYPE_READS: Final = frozenset(
+    {torch.finfo, torch.can_cast, torch.is_floating_point, torch.promote_types, torch.result_type}
+) | {"element_size", "is_floating_point"}
+_DTYPE_NAMES: Final = frozenset({"dtype", "itemsize", "nbytes"})
 # Views by the argument's kind, or that copy only when they have to.
 _VIEWS: Final = frozenset("getitem alias contiguous reshape flatten detach chunk split unbind".split())

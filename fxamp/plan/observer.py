@@ -81,6 +81,10 @@ class FakeObserver:
         """The value of a node is not to be told, nor what follows from it."""
         self._values[node] = _MISSING
 
+    def value(self, node: fx.Node) -> Any:
+        """The fake value of a node; what is no tensor as it is, and something of a class of its own for nothing."""
+        return self._values.get(node, _MISSING)
+
     def shape(self, node: fx.Node) -> tuple[int, ...] | None:
         """The shape of a node's value, when it is one tensor and known."""
         value = self._values.get(node)

@@ -15,15 +15,15 @@ from torch import fx
 
 from fxamp.capture import AutocastState
 from fxamp.dtypes import abbreviate
-from fxamp.plan.calls import argument_keys, argument_nodes
+from fxamp.plan.calls import argument_nodes
+from fxamp.plan.computing import stay_float32
 from fxamp.plan.cut import HIGH, LOW, Problem
 from fxamp.plan.decision import Decision
 from fxamp.plan.flow import Flow, Value
 from fxamp.plan.freedom import Freedom, Step
 from fxamp.plan.precise import Precise
-from fxamp.policy.fast import fast_kinds, float32_arguments
+from fxamp.policy.fast import fast_kinds
 from fxamp.policy.flow import output_kind
-from fxamp.policy.operators import argument_places
 
 __all__ = ["Costs", "Moved", "Placed", "place"]
 
@@ -118,10 +118,11 @@ class _Placer:
 
     def _call_costs(self, node: fx.Node, kind: str, size_of: Callable[[fx.Node], int]) -> tuple[int, int]:
         """In float32, and in the low dtype."""
-        if kind == "lower":
-            return self._freedom.times[node]
         if kind == "view":
             return 0, 0
+        known = self._freedom.times.get(node) or self._costs.call(node, self._freedom.steps[node].decision)
+        if known is not None:
+            return known
         flows = zip(argument_nodes(node), self._freedom.steps[node].decision.inputs, strict=True)
         size = size_of(node) + sum(size_of(source) for source, flow in flows if self._freedom.side(flow))
         return self._costs.moved(size, 4), self._costs.moved(size, 2)
@@ -149,11 +150,7 @@ class _Placer:
                 yield source, HIGH if wanted == torch.float32 else LOW
 
     def _stay_float32(self, node: fx.Node) -> list[bool]:
-        """For each slot of a free call whether it is float32 beside a low input, as the weights of norms are."""
-        call = self._freedom.steps[node].call
-        aten = call.aten if call is not None else ""
-        kept, places = float32_arguments(aten, self._device_type), argument_places(aten)
-        return [(places.get(key) if isinstance(key, str) else key) in kept for key in argument_keys(node)]
+        return stay_float32(node, self._freedom.steps[node].decision.aten, self._device_type)
 
     def _wanted(self, step: Step) -> list[torch.dtype | None]:
         """The dtypes that a call which is not free wants its inputs in."""
@@ -189,8 +186,14 @@ class _Placer:
             needed = {i: want for i, want in enumerate(wants) if want is not None and given[i] not in (None, want)}
             as_decided = needed == {cast.slot: cast.dtype for cast in decision.casts} and decision.how == "call"
             by_itself = decision.how in _BY_ITSELF and sides.get(node.name) != LOW
-            if not as_decided and not by_itself and (chosen or self._is_to_be_restored(step, given)):
+            if self._is_against_its_rule(node, decision, sides) or (
+                not as_decided and not by_itself and (chosen or self._is_to_be_restored(step, given))
+            ):
                 yield node.name, Placed(tuple(wants), *self._words(step, sides, needed))
+
+    def _is_against_its_rule(self, node: fx.Node, decision: Decision, sides: Mapping[str, str]) -> bool:
+        side = sides[node.name] if node in self._freedom.free else None
+        return side == {"lower": HIGH, "fp32": LOW}.get(decision.rule, "follows")
 
     def _is_to_be_restored(self, step: Step, given: Sequence[torch.dtype | None]) -> bool:
         """Whether a call that goes by what it is given is given other dtypes than it was decided for."""

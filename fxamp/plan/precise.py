@@ -13,9 +13,9 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 
-from fxamp.plan.calls import Call
+from fxamp.plan.calls import Call, argument_nodes
 from fxamp.plan.decision import Decision
-from fxamp.plan.flow import Flow, tensors_in
+from fxamp.plan.flow import UNKNOWN, Flow, tensors_in
 from fxamp.policy.fast import BOUNDED, fast_kinds, fits, tensor_fits
 
 __all__ = ["Precise"]
@@ -25,6 +25,7 @@ _PLAIN: Final = frozenset(
     "zeros ones empty rand randn zeros_like ones_like empty_like rand_like randn_like new_zeros new_ones new_empty "
     "eye bernoulli".split()
 )
+_LOOKUPS: Final = frozenset({"embedding", "embedding_bag"})
 # Their numbers are epsilons and the like, for which the kernel has float32.
 _INSIDE: Final = "inside"
 
@@ -52,9 +53,11 @@ class Precise:
         if _is_floating(decision.output) and self._is_precise(node, call, decision, kind):
             self._found.add(node)
 
-    def comes_in(self, node: fx.Node) -> bool:
-        """Whether a call is given such a value."""
-        return any(source in self._found for source in node.all_input_nodes)
+    def comes_in(self, node: fx.Node, decision: Decision) -> bool:
+        """Whether a call is given such a value; where one is not known in a lookup, it is the index."""
+        flows = zip(argument_nodes(node), decision.inputs, strict=True)
+        lookup = decision.aten in _LOOKUPS
+        return any(source in self._found and not (lookup and flow == UNKNOWN) for source, flow in flows)
 
     def has_number_out_of_range(self, node: fx.Node, kind: str | None) -> bool:
         """Whether a call is given a number that the low dtype does not hold."""
@@ -66,7 +69,7 @@ class Precise:
             return self._comes_from_outside(node)
         if decision.rule == "lower" or call.aten in BOUNDED:
             return False
-        if kind == "fp32" or self.comes_in(node) or self.has_number_out_of_range(node, kind):
+        if kind == "fp32" or self.comes_in(node, decision) or self.has_number_out_of_range(node, kind):
             return True
         tensors = [value for flow in decision.inputs for value in tensors_in(flow)]
         if not tensors:

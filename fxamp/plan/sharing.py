@@ -27,7 +27,7 @@ from fxamp.plan.flow import Flow, tensors_in
 from fxamp.plan.results import USER_CASTS
 from fxamp.policy.flow import output_kind
 
-__all__ = ["Sharing"]
+__all__ = ["SWITCHES", "Sharing"]
 
 # What may give back its argument itself, or a part of a container: only so is a result a leaf. A view is none.
 _MAY_RETURN_ITSELF: Final = frozenset(USER_CASTS) | frozenset(
@@ -35,7 +35,7 @@ _MAY_RETURN_ITSELF: Final = frozenset(USER_CASTS) | frozenset(
     "atleast_1d atleast_2d atleast_3d real conj resolve_conj resolve_neg positive broadcast_tensors broadcast_to "
     "sum_to_size to_dense as_tensor chunk split unbind".split()
 )
-_SWITCHES: Final = frozenset({torch._C._set_grad_enabled, enter_inference_mode, exit_inference_mode})
+SWITCHES: Final = frozenset({torch._C._set_grad_enabled, enter_inference_mode, exit_inference_mode})
 _MAKES_LEAVES: Final = frozenset({"requires_grad", "detach"})
 
 
@@ -66,7 +66,7 @@ class Sharing:
             self._writes.define(node, fresh=True, storage=storage)
             self._may_be[node] = self._named(node)
             return
-        self._grad_modes += node.target in _SWITCHES
+        self._grad_modes += node.target in SWITCHES
         hands_on = call.inplace or call.holds or call.aten in _MAY_RETURN_ITSELF
         self._writes.define(node, fresh=from_table or not (hands_on or _may_be_a_view(node, call)))
         for owner in set_objects(node):

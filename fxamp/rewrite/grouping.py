@@ -1,9 +1,8 @@
 """Which casts of weights are one call?
 
 All of a kind, in the order of their use, in groups that are bounded by bytes. A group stands where its first cast was.
-In backward the gradients of a group become ready together, so the bound is that of the buckets of
-``DistributedDataParallel``; the first group, whose gradients come last, is smaller, so that they do not add to the
-memory that all the others take.
+In backward the gradients of a group become ready together, and until then they are kept in the low dtype; so a large
+model has several groups, and the first of them, whose gradients come last, is small.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ import torch
 from torch import fx, nn
 
 from fxamp.capture import assign
-from fxamp.capture.calls import MODE_CALLS
+from fxamp.plan.sharing import SWITCHES
 from fxamp.runtime.weights import WeightCasts, cast_weight
 
 __all__ = ["FIRST_BYTES", "GROUP_BYTES", "group_weight_casts"]
 
-# Of the weights as they are stored; the numbers are those of DistributedDataParallel's buckets.
+# Of the weights as they are stored. DistributedDataParallel waits for 1 MiB at first and for 25 MiB then.
 FIRST_BYTES: Final = 1 << 20
-GROUP_BYTES: Final = 25 << 20
+GROUP_BYTES: Final = 64 << 20
 _GROUPS: Final = 8  # of a large model, for which more would be more calls
 _UNWRITTEN: Final = 3  # arguments of a cast; the fourth says that the graph has written to the weight before
 
@@ -53,7 +52,7 @@ def _kinds(graph: fx.Graph, attribute: Callable[[str], Any]) -> Iterator[list[fx
     kinds: dict[tuple[Any, ...], list[fx.Node]] = {}
     part = 0
     for node in graph.nodes:
-        part += node.target in MODE_CALLS
+        part += node.target in SWITCHES
         if node.target is not cast_weight or len(node.args) > _UNWRITTEN:
             continue
         path = str(node.args[0].target)
@@ -84,8 +83,10 @@ def _bytes(cast: fx.Node, attribute: Callable[[str], Any]) -> int:
 
 
 def _bounded(casts: list[fx.Node], sizes: list[int]) -> Iterator[list[fx.Node]]:
-    """The casts in groups: each is closed by the cast that fills it."""
-    bound, most = FIRST_BYTES, max(GROUP_BYTES, sum(sizes) // _GROUPS)
+    """The casts in groups: each is closed by the cast that would not fit."""
+    total = sum(sizes)
+    most = max(GROUP_BYTES, total // _GROUPS)
+    bound = FIRST_BYTES if total > most else most
     group: list[fx.Node] = []
     filled = 0
     for cast, size in zip(casts, sizes, strict=True):

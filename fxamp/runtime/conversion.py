@@ -154,7 +154,7 @@ class Conversion:
 
     def _build(self, mode: str, traced: Traced, known: Sequence[tuple[str, Variant]]) -> Variant:
         for other, variant in known:
-            if variant.traced is traced:
+            if variant.traced is traced and (other == mode or self.policy.name != "fast"):
                 return variant if other == mode else variant.in_mode(mode, self._rewritten)
         examples = self.examples if traced.layout == self.layout else None
         if examples is not None and traced.given is not None:

@@ -1,14 +1,16 @@
 """The casts of weights: how many calls do they take, and who keeps what they make?
 
-The weights of a group are cast by one multi-tensor call, and so are their gradients in backward. On a CPU the memory of
-the low copies is used again by the next forward, when nothing else holds it; what is in it is written anew each time,
-as a change through ``.data`` leaves no trace. ``hold_weights`` and graphs that share casts at run time keep the copies.
+The weights of a group are cast by one multi-tensor call, and so are their gradients in backward. In inference on a CPU
+the memory of the low copies is used again by the next forward, when nothing else holds it; what is in it is written
+anew each time, as a change through ``.data`` leaves no trace. ``hold_weights`` and graphs that share casts at run time
+keep the copies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -139,7 +141,9 @@ def _kept_compiling(copies: Traced, value: torch.Tensor, key: tuple[torch.dtype,
 
 # -- many at once --------------------------------------------------------------------------------------
 
-_PLAIN: Final = (torch.Tensor, torch.nn.Parameter)
+_PLAIN: Final = frozenset({torch.Tensor, torch.nn.Parameter})
+_DENSE: Final = frozenset({torch.strided})
+_layout_of: Final = attrgetter("layout")
 _TRACING: Final = (
     torch._C._TorchDispatchModeKey.FAKE,
     torch._C._TorchDispatchModeKey.FUNCTIONAL,
@@ -147,10 +151,11 @@ _TRACING: Final = (
 )
 
 
-def _one_by_one(weights: Sequence[torch.Tensor]) -> bool:
+def _one_by_one(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether something is on that has to see each cast: transforms of functions, tangents, other kinds of tensors."""
     return (
-        any(type(weight) not in _PLAIN or weight.layout is not torch.strided for weight in weights)
+        not _PLAIN.issuperset(map(type, tensors))
+        or not _DENSE.issuperset(map(_layout_of, tensors))
         or forward_ad._current_level >= 0
         or torch._C._functorch.maybe_current_level() is not None
         or (torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACING)))
@@ -160,32 +165,36 @@ def _one_by_one(weights: Sequence[torch.Tensor]) -> bool:
 def _cast_together(
     weights: Sequence[torch.Tensor], dtype: torch.dtype, buffers: dict[int, torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
-    """The low copies, in the memory of ``buffers`` where that is free: by one call for each way to cast them."""
-    low = [_buffer(buffers, i, weight, dtype) for i, weight in enumerate(weights)]
+    """The low copies: those with gradients by one call, and those without by another."""
+    if not torch.is_grad_enabled():
+        return _copied(weights, [_buffer(buffers, i, weight, dtype) for i, weight in enumerate(weights)])
+    buffers.clear()  # kept over a backward they would add to what that takes at its most
+    if all(map(_is_trained, weights)):
+        return _Together.apply(dtype, *weights)  # type: ignore[no-any-return, no-untyped-call]
     made: dict[int, torch.Tensor] = {}
-    kinds: dict[Any, list[int]] = {}
-    for i, weight in enumerate(weights):
-        kinds.setdefault(_way(weight) if torch.is_grad_enabled() else _copied, []).append(i)
-    for way, chosen in kinds.items():
-        made.update(zip(chosen, way([low[i] for i in chosen], *[weights[i] for i in chosen]), strict=True))
+    trained = [i for i, weight in enumerate(weights) if _is_trained(weight)]
+    made.update(zip(trained, _Together.apply(dtype, *[weights[i] for i in trained]), strict=True))  # type: ignore[no-untyped-call]
+    others = [i for i in range(len(weights)) if i not in made]
+    made.update((i, weights[i].to(dtype)) for i in others if weights[i].requires_grad)
+    frozen = [weights[i] for i in others if i not in made]
+    made.update(zip([i for i in others if i not in made], _copied(frozen, _like(frozen, dtype)), strict=True))
     return tuple([made[i] for i in range(len(weights))])
 
 
-def _way(weight: torch.Tensor) -> Any:
-    """How to cast it. A hook would be called without a gradient when only others of the group have one."""
-    if not weight.requires_grad:
-        return _copied
-    hooked = weight._backward_hooks or weight._post_accumulate_grad_hooks
-    return _alone if hooked else _Together.apply
+def _is_trained(weight: torch.Tensor) -> bool:
+    """Whether its gradient comes with those of others: a hook would be called without one where only others have."""
+    return weight.requires_grad and not weight._backward_hooks and not weight._post_accumulate_grad_hooks
 
 
-def _copied(low: list[torch.Tensor], *weights: torch.Tensor) -> list[torch.Tensor]:
-    torch._foreach_copy_(low, weights)
-    return [tensor.detach() for tensor in low]
+def _like(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
 
 
-def _alone(low: list[torch.Tensor], *weights: torch.Tensor) -> list[torch.Tensor]:
-    return [weight.to(like.dtype) for like, weight in zip(low, weights, strict=True)]
+def _copied(tensors: Sequence[torch.Tensor], to: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The tensors in the memory of others, which stay what they are."""
+    if tensors:
+        torch._foreach_copy_(to, list(tensors))
+    return tuple([tensor.detach() for tensor in to])
 
 
 def _buffer(buffers: dict[int, torch.Tensor], place: int, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -209,18 +218,23 @@ class _Together(torch.autograd.Function):
     """Weights to their low copies, and gradients back, each by one call."""
 
     @staticmethod
-    def forward(ctx: Any, low: list[torch.Tensor], *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, dtype: torch.dtype, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.dtypes = [weight.dtype for weight in weights]
-        return tuple(_copied(low, *weights))
+        low = _like(weights, dtype)
+        if low:
+            torch._foreach_copy_(low, weights)
+        return tuple(low)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        given = {i: g for i, g in enumerate(gradients) if g is not None and ctx.needs_input_grad[i + 1]}
-        if torch.is_grad_enabled() or _one_by_one(list(given.values())):
-            wide = [g.to(ctx.dtypes[i]) for i, g in given.items()]
+        given = [g for g in gradients if g is not None]
+        dtypes = [dtype for dtype, g in zip(ctx.dtypes, gradients, strict=True) if g is not None]
+        if torch.is_grad_enabled() or _one_by_one(given):
+            wide = [g.to(dtype) for g, dtype in zip(given, dtypes, strict=True)]
         else:
-            wide = [torch.empty_like(g, dtype=ctx.dtypes[i]) for i, g in given.items()]
-            torch._foreach_copy_(wide, list(given.values()))
-        found = dict(zip(given, wide, strict=True))
-        return (None, *[found.get(i) for i in range(len(gradients))])
+            wide = [torch.empty_like(g, dtype=dtype) for g, dtype in zip(given, dtypes, strict=True)]
+            if wide:
+                torch._foreach_copy_(wide, given)
+        found = iter(wide)
+        return (None, *[None if g is None else next(found) for g in gradients])
