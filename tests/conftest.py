@@ -1,5 +1,6 @@
 """What every test starts from, one thread and one seed and no GPU test without a GPU; and the table at the end."""
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FXAMP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policy "fast" goes by bytes, as without shapes: what is measured depends on the machine, and takes time."""
+    if "measured" not in request.keywords:
+        monkeypatch.setattr(importlib.import_module("fxamp.convert"), "measurable", lambda device: False)
 
 
 @pytest.fixture(autouse=True)
