@@ -20,6 +20,7 @@ from fxamp.insight import report_of
 from fxamp.plan import PrecisionPlan, make_plan
 from fxamp.plan.measured import Measured
 from fxamp.plan.observer import FakeObserver
+from fxamp.plan.placement import Costs, Moved
 from fxamp.plan.recorded import RecordedObserver
 from fxamp.plan.trials import AutocastFailsError
 from fxamp.policy import Policy, Ruling
@@ -109,7 +110,9 @@ def _without_casts(
     return conversion
 
 
-def _plan(program: Program, traced: Traced, policy: Policy, mode: str, examples: list[Any] | None) -> PrecisionPlan:
+def _plan(
+    program: Program, traced: Traced, policy: Policy, mode: str, examples: list[Any] | None, *, to_freeze: bool
+) -> PrecisionPlan:
     """What to do about each call."""
     rulings = _rulings(program, policy)
     observer: FakeObserver | RecordedObserver | None = None
@@ -118,9 +121,10 @@ def _plan(program: Program, traced: Traced, policy: Policy, mode: str, examples:
     elif examples is not None:
         observer = FakeObserver(program.attribute, traced.graph, examples, policy.device_type or "cpu")
     probe = _probe(program, policy) if isinstance(observer, FakeObserver) else None
-    costs = None
+    costs: Costs = Moved(frozen=to_freeze)
     if probe is not None and isinstance(observer, FakeObserver):
-        costs = Measured(probe, traced.graph, observer, program.attribute, policy, training=mode != "eval")
+        options = {"training": mode != "eval", "frozen": to_freeze}
+        costs = Measured(probe, traced.graph, observer, program.attribute, policy, **options)
     plan = make_plan(traced.graph, program.attribute, policy, rulings, mode=mode, observer=observer, costs=costs)
     if probe is not None:
         probe.save()

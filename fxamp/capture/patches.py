@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
-from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.overrides import TorchFunctionMode, get_ignored_functions, is_tensor_method_or_property
 from torch.utils import _device
 from torch.utils import _pytree as pytree
 
@@ -44,6 +44,10 @@ __all__ = [
 ]
 
 Record = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+# Torch makes these tables once, when it is asked first: not while functions of it are replaced, which they would keep.
+get_ignored_functions()
+is_tensor_method_or_property(torch.Tensor.add)
 
 
 @contextmanager

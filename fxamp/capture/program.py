@@ -97,7 +97,11 @@ class Program(Traces):
     def __getstate__(self) -> dict[str, Any]:
         """Without what cannot be pickled: a lambda is lost, and with it only the tracing of new calls."""
         functions = {name: _picklable(getattr(self, name)) for name in ("_function", "_loss")}
-        return {**self.__dict__, **functions, "_holder": nn.Module(), "_loss_module": None, "_strangers": []}
+        return {**self.__dict__, **functions, **_nothing()}
+
+    def let_go(self) -> None:
+        """Nothing is traced any more: the user's model, which has the weights in float32, is not kept."""
+        self.__dict__.update(_nothing())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         new = object.__new__(Program)
@@ -253,6 +257,11 @@ class Program(Traces):
                 if calls_of(found.graph) != changed.calls:
                     raise
                 return found
+
+
+def _nothing() -> dict[str, Any]:
+    """In the place of the user's own modules."""
+    return {"_holder": nn.Module(), "_loss_module": None, "_strangers": []}
 
 
 def _picklable(function: Any) -> Any:

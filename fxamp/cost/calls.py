@@ -62,8 +62,8 @@ class Call:
     def text(self) -> str | None:
         """The same for calls that no measurement tells apart; None where an argument is none that can be written."""
         try:
-            given = [_text(value, self.training) for value in self.args]
-            named = [f"{name}={_text(value, self.training)}" for name, value in sorted(self.kwargs.items())]
+            given = [_text(value) for value in self.args]
+            named = [f"{name}={_text(value)}" for name, value in sorted(self.kwargs.items())]
         except _NotWritten:
             return None
         return f"{self.kind} {' '.join((*given, *named))}"
@@ -79,8 +79,8 @@ class Call:
         def tensor(value: Any) -> Any:
             if not isinstance(value, Spec):
                 return value
-            made = value.make(dtype, generator, training=self.training)
-            inputs.extend([made] if made.requires_grad else [])
+            made = value.make(dtype, generator)
+            inputs.extend([made] if self.training and made.requires_grad else [])
             return made
 
         args, kwargs = map_aggregate((self.args, self.kwargs), tensor)
@@ -114,14 +114,13 @@ class _NotWritten(Exception):
     """An argument has no text."""
 
 
-def _text(value: Any, training: bool) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, Spec):
-        text = value.text()
-        return text if training else text.removesuffix("g")
+        return value.text()
     if isinstance(value, tuple | list):
-        return f"({' '.join(_text(item, training) for item in value)})"
+        return f"({' '.join(_text(item) for item in value)})"
     if isinstance(value, slice):
-        return f"{_text(value.start, training)}:{_text(value.stop, training)}:{_text(value.step, training)}"
+        return f"{_text(value.start)}:{_text(value.stop)}:{_text(value.step)}"
     if isinstance(value, _ATOMS):
         return repr(value)
     raise _NotWritten
@@ -153,7 +152,7 @@ def _differentiable(output: Any) -> list[Tensor]:
 
 def _gradient(output: Tensor, generator: torch.Generator | None) -> Tensor:
     like = Spec(tuple(output.shape), output.dtype, strides=tuple(output.stride()), fixed=True)
-    return like.make(output.dtype, generator, training=False)
+    return like.make(output.dtype, generator)
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]

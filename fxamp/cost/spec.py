@@ -26,7 +26,7 @@ class Spec:
     Attributes:
         shape: its sizes.
         dtype: as in the float32 model. What autocast may cast is made in the dtype that is measured.
-        grad: whether it wants a gradient.
+        grad: whether it wants a gradient; a kernel may go by that in inference too.
         strides: where they are not those of a contiguous tensor of that shape, as for ``channels_last``.
         fixed: keep ``dtype`` in every measurement, as the statistics of a batch norm do.
 
@@ -78,15 +78,14 @@ class Spec:
         differs = any(size > 1 and step != usual for size, step, usual in steps)
         return f"{{{_join(self.layout)}}}" if differs else ""
 
-    def make(self, dtype: torch.dtype, generator: torch.Generator | None, *, training: bool) -> Tensor:
+    def make(self, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
         """A tensor like it on the device of the generator; without one, on ``meta``."""
         kept = dtype if self.varies else self.dtype
         device = "meta" if generator is None else generator.device
-        memory = torch.empty(_extent(self.shape, self.layout), dtype=kept, device=device)
+        tensor = torch.empty_strided(self.shape, self.layout, dtype=kept, device=device)  # no view: kernels tell these
         if generator is not None:
-            _fill(memory, generator)
-        tensor = memory.as_strided(self.shape, self.layout)
-        return tensor.requires_grad_(training and self.grad)
+            _fill(tensor.as_strided((_extent(self.shape, self.layout),), (1,)), generator)
+        return tensor.requires_grad_(self.grad)
 
 
 def _fill(memory: Tensor, generator: torch.Generator) -> None:

@@ -37,6 +37,7 @@ class Measured:
         attribute: path to the parameter, buffer, tensor or module of that name.
         policy: with its dtype resolved.
         training: whether gradients count.
+        frozen: whether the casts of weights do not.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Measured:
         policy: Policy,
         *,
         training: bool,
+        frozen: bool = False,
     ) -> None:
         self._probe = probe
         self._observer = observer
@@ -56,13 +58,16 @@ class Measured:
         self._device_type = policy.device_type
         self._dtypes = (torch.float32, policy.dtype)
         self._training = training
-        self._trained = _trained(graph, attribute) if training else set()
+        self._frozen = frozen
+        self._trained = _trained(graph, attribute, through=training)
 
     def cast(self, size: int, *, weight: bool) -> int:
         """That of a value, or what a weight adds to a cast of many.
 
         At the pace of large tensors: in a model what is cast is in a cache less often than in a measurement.
         """
+        if weight and self._frozen:
+            return 0
         high, low = self._dtypes
         call, large = (self._probe.cast(n, high, low, training=self._training) for n in (1, _LARGE))
         return round((large * size / _LARGE + (0.0 if weight else call)) * _NANO)
@@ -76,17 +81,10 @@ class Measured:
         """An operator in float32 and in the low dtype, or None when it cannot be measured."""
         if node.op == "call_module" or node.target in (operator.getitem, getattr):
             return None
-        kept = {
-            source
-            for source, stays in zip(
-                argument_nodes(node), stay_float32(node, decision.aten, self._device_type), strict=True
-            )
-            if stays
-        }
+        fixed = stay_float32(node, decision.aten, self._device_type)
+        kept = {source for source, stays in zip(argument_nodes(node), fixed, strict=True) if stays}
         try:
-            args, kwargs = map_leaves(
-                (node.args, node.kwargs), fx.Node, lambda source: self._spec(source, source in kept)
-            )
+            args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, lambda each: self._spec(each, each in kept))
         except TypeError:  # something that has no shape
             return None
         target: Any = node.target
@@ -105,17 +103,17 @@ class Measured:
         return Spec(spec.shape, spec.dtype, trained, spec.strides, fixed)
 
 
-def _trained(graph: fx.Graph, attribute: Callable[[str], Any]) -> set[fx.Node]:
-    """The values that get a gradient."""
+def _trained(graph: fx.Graph, attribute: Callable[[str], Any], *, through: bool) -> set[fx.Node]:
+    """The weights that want a gradient; ``through``: and what has one because of them."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "get_attr":
             value = attribute(str(node.target))
             trained = isinstance(value, torch.Tensor) and value.requires_grad
         elif node.op == "call_module":
-            trained = any(p.requires_grad for p in attribute(str(node.target)).parameters())
+            trained = through and any(p.requires_grad for p in attribute(str(node.target)).parameters())
         else:
-            trained = False
-        if trained or not found.isdisjoint(node.all_input_nodes):
+            trained = through and not found.isdisjoint(node.all_input_nodes)
+        if trained:
             found.add(node)
     return found

@@ -50,12 +50,19 @@ class Costs(Protocol):
 
 
 class Moved:
-    """Bytes: what a cast reads and writes, and what an operator does; a cast of its own is a call beside."""
+    """Bytes: what a cast reads and writes, and what an operator does; a cast of its own is a call beside.
+
+    Args:
+        frozen: weights are in the low dtype once and for all.
+    """
 
     CALL: Final = 1 << 14
 
+    def __init__(self, *, frozen: bool = False) -> None:
+        self._frozen = frozen
+
     def cast(self, size: int, *, weight: bool) -> int:
-        return 6 * size + (0 if weight else self.CALL)
+        return 0 if weight and self._frozen else 6 * size + (0 if weight else self.CALL)
 
     def moved(self, size: int, width: int) -> int:
         return size * width
@@ -72,7 +79,6 @@ def place(
     attribute: Callable[[str], Any],
     size_of: Callable[[fx.Node], int],
     costs: Costs,
-    gradients: bool,
 ) -> dict[str, Placed]:
     """Name of a call to where it runs, for each that is to run otherwise than it was decided.
 
@@ -83,9 +89,8 @@ def place(
         attribute: path to the parameter, buffer, tensor or module of that name.
         size_of: how many elements a value has, as far as that is known.
         costs: of casts and calls.
-        gradients: whether a backward follows.
     """
-    kinds = fast_kinds(device_type, gradients=gradients)
+    kinds = fast_kinds(device_type)  # a backward may follow in eval mode too
     precise = Precise(attribute, state.dtype, device_type)
     freedom = Freedom(steps, state, kinds, precise, costs.call)
     return _Placer(freedom, state.dtype, device_type, costs).placed(size_of)

@@ -90,7 +90,7 @@ def make_plan(
         if not found <= unsure:
             unsure |= found
         elif policy.name == "fast" and not placed:
-            placed = planner.placed(costs or Moved(), gradients=mode != "eval")
+            placed = planner.placed(costs or Moved())
             if not placed:
                 break
         else:
@@ -137,12 +137,12 @@ class _Planner:
         self._calls[node] = call, decision
         return decision
 
-    def placed(self, costs: Costs, *, gradients: bool) -> dict[str, Placed]:
+    def placed(self, costs: Costs) -> dict[str, Placed]:
         """Where calls are to run otherwise than it was decided, so that it costs least."""
         written = self.sharing.is_written
         steps = [Step(node, call, decision, written(node)) for node, (call, decision) in self._calls.items()]
         options: Any = {"attribute": self._attribute, "size_of": self._size_of, "costs": costs}
-        return place(steps, self._ambient, self._device_type, gradients=gradients, **options)
+        return place(steps, self._ambient, self._device_type, **options)
 
     def _size_of(self, node: fx.Node) -> int:
         """How many elements a value has; without shapes, what is known of its rank, and a nominal size."""

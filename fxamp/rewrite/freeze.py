@@ -7,15 +7,18 @@ that is also used as it is keeps its dtype, and its low copies become buffers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx, nn
 
 from fxamp.capture import Program, assign
 from fxamp.capture.members import find, owns
+from fxamp.runtime.folding import folded_linear
 
 __all__ = ["fold_weight_casts"]
+
+_LINEAR: Final = (torch._C._nn.linear, torch.nn.functional.linear)
 
 
 def fold_weight_casts(program: Program, graphs: Sequence[fx.Graph]) -> dict[str, tuple[str, torch.dtype]]:
@@ -42,7 +45,7 @@ def fold_weight_casts(program: Program, graphs: Sequence[fx.Graph]) -> dict[str,
             copies.update({name: (_path(nodes[0]), dtype) for dtype, name in low.items()})
             places = {node: low[node.meta["cast"].dtype] for node in nodes}
         for node, place in places.items():
-            _replace(node, place)
+            _replace(node, place, trained=weight.requires_grad)
     return copies
 
 
@@ -82,12 +85,15 @@ def _path(cast: fx.Node) -> str:
     return str(weight.target)
 
 
-def _replace(node: fx.Node, path: str) -> None:
+def _replace(node: fx.Node, path: str, *, trained: bool) -> None:
     graph = node.graph
     with graph.inserting_before(node):
         low = graph.create_node("get_attr", path, name=node.name)
     low.meta = {**{k: v for k, v in node.meta.items() if k != "cast"}, "module_of": path}
     weight = node.args[0]
+    for user in node.users if trained else ():
+        if user.target in _LINEAR:
+            user.target = folded_linear
     node.replace_all_uses_with(low)
     graph.erase_node(node)
     if isinstance(weight, fx.Node) and not weight.users:

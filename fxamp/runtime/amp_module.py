@@ -279,9 +279,10 @@ class AmpModule(CheckpointedModule):
     def freeze(self) -> AmpModule:
         """A new module for inference, in eval mode, whose weights are stored in the low dtype.
 
-        Its outputs are bitwise those of this module in eval mode with ``requires_grad_(False)``, which some kernels of
-        torch ask for, and for the kinds of calls that were made before. It shares no tensor with this module. Weights
-        that are also used in float32 keep their dtype and get a low copy beside it.
+        Its outputs are bitwise those of this module in eval mode, where torch has no other kernel for weights without
+        gradients (of ``nn.MultiheadAttention``), and for the kinds of calls that were made before. It shares no tensor
+        with this module, and keeps none of it alive. Weights that are also used in float32 keep their dtype and get a
+        low copy beside it.
         """
         return inspect(self).freeze()
 

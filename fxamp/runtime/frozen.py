@@ -33,6 +33,7 @@ def frozen(conversion: Conversion) -> Conversion:
     new.traced = [(mode, variant.traced) for mode, variant in new.variants]
     for parameter in new.program.whole.parameters():
         parameter.requires_grad_(False)
+    new.program.let_go()
     return new
 
 

@@ -63,7 +63,11 @@ def leaf_cast(value: Any, dtype: torch.dtype, epoch: int = -1, writes: int = 0) 
 
 def cast_weight(weight: torch.Tensor, dtype: torch.dtype, epoch: int = -1, writes: int = 0) -> torch.Tensor:
     """The weight in the low dtype: cast now, or the copy that is held."""
-    return _held([weight], (dtype, epoch, writes))[0] if HELD else weight.to(dtype)
+    if HELD:
+        return _held([weight], (dtype, epoch, writes))[0]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not weight.requires_grad:
+        return weight.to(dtype)
+    return _as_trained([weight], (weight.to(dtype),))[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +171,7 @@ def _cast_together(
 ) -> tuple[torch.Tensor, ...]:
     """The low copies: those with gradients by one call, and those without by another."""
     if not torch.is_grad_enabled():
-        return _copied(weights, [_buffer(buffers, i, weight, dtype) for i, weight in enumerate(weights)])
+        return _as_trained(weights, _copied(weights, [_buffer(buffers, i, w, dtype) for i, w in enumerate(weights)]))
     buffers.clear()  # kept over a backward they would add to what that takes at its most
     if all(map(_is_trained, weights)):
         return _Together.apply(dtype, *weights)  # type: ignore[no-any-return, no-untyped-call]
@@ -195,6 +199,14 @@ def _copied(tensors: Sequence[torch.Tensor], to: list[torch.Tensor]) -> tuple[to
     if tensors:
         torch._foreach_copy_(to, list(tensors))
     return tuple([tensor.detach() for tensor in to])
+
+
+def _as_trained(weights: Sequence[torch.Tensor], low: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The low copies with the flags of their weights, as autocast has them: matmul goes by these, not by the mode."""
+    if not torch.is_inference_mode_enabled():
+        for weight, tensor in zip(weights, low, strict=True):
+            tensor.requires_grad_(weight.requires_grad)
+    return low
 
 
 def _buffer(buffers: dict[int, torch.Tensor], place: int, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
