@@ -20,7 +20,6 @@ from fxamp.insight import report_of
 from fxamp.plan import PrecisionPlan, make_plan
 from fxamp.plan.measured import Measured
 from fxamp.plan.observer import FakeObserver
-from fxamp.plan.placement import Costs, Moved
 from fxamp.plan.recorded import RecordedObserver
 from fxamp.plan.trials import AutocastFailsError
 from fxamp.policy import Policy, Ruling
@@ -110,9 +109,7 @@ def _without_casts(
     return conversion
 
 
-def _plan(
-    program: Program, traced: Traced, policy: Policy, mode: str, examples: list[Any] | None, *, to_freeze: bool
-) -> PrecisionPlan:
+def _plan(program: Program, traced: Traced, policy: Policy, mode: str, examples: list[Any] | None) -> PrecisionPlan:
     """What to do about each call."""
     rulings = _rulings(program, policy)
     observer: FakeObserver | RecordedObserver | None = None
@@ -120,14 +117,14 @@ def _plan(
         observer = RecordedObserver(policy, under_autocast=not gpu_is_away(policy.device_type or "cpu"))
     elif examples is not None:
         observer = FakeObserver(program.attribute, traced.graph, examples, policy.device_type or "cpu")
-    probe = _probe(program, policy) if isinstance(observer, FakeObserver) else None
-    costs: Costs = Moved(frozen=to_freeze)
+    arguments = traced.graph, program.attribute, policy, rulings
+    probe = _probe(program, policy)
     if probe is not None and isinstance(observer, FakeObserver):
-        options = {"training": mode != "eval", "frozen": to_freeze}
-        costs = Measured(probe, traced.graph, observer, program.attribute, policy, **options)
-    plan = make_plan(traced.graph, program.attribute, policy, rulings, mode=mode, observer=observer, costs=costs)
-    if probe is not None:
+        costs = Measured(probe, traced.graph, observer, program.attribute, policy, training=mode != "eval")
+        plan = make_plan(*arguments, mode=mode, observer=observer, costs=costs).timed(costs.seconds)
         probe.save()
+    else:
+        plan = make_plan(*arguments, mode=mode, observer=observer)
     if isinstance(observer, FakeObserver) and program.has_loss:
         _check_loss(traced.graph, observer)
     return plan

@@ -30,7 +30,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def unmeasured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Policy "fast" goes by bytes, as without shapes: what is measured depends on the machine, and takes time."""
-    if "measured" not in request.keywords:
+    if request.node.get_closest_marker("measured") is None:
         monkeypatch.setattr(importlib.import_module("fxamp.convert"), "measurable", lambda device: False)
 
 

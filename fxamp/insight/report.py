@@ -18,6 +18,8 @@ from fxamp.plan import Decision, Flow, PrecisionPlan, tensors_in
 __all__ = ["Report", "report_of"]
 
 COLUMNS: Final = ("name", "op", "module", "rule", "inputs", "runs in", "output", "casts", "why")
+# Shown by default where there is something: measured microseconds, in float32/in the low dtype, and as it runs.
+TIMES: Final = ("predicted", "measured")
 _KEYS: Final = {"runs in": "runs_in", "why": "reason"}
 _LOOKING: Final = ("promote", "dtype if castable")
 _COUNTED: Final = ("lower", "fp32", "promote", "follow", "opaque")
@@ -67,21 +69,26 @@ class Report:
             "totals": dict(self.totals),
         }
 
-    def table(self, tablefmt: str = "simple", columns: Iterable[str] = COLUMNS) -> str:
+    def table(self, tablefmt: str = "simple", columns: Iterable[str] | None = None) -> str:
         """The decisions as text, one row a node.
 
         Args:
             tablefmt: a format of the ``tabulate`` package, such as "github".
-            columns: which of "name", "op", "module", "rule", "inputs", "runs in", "output", "casts", "why" and
-                "source" to show. Long texts are cut only where the table would be wider than 119 characters.
+            columns: which of "name", "op", "module", "rule", "inputs", "runs in", "output", "casts", "why", "source",
+                "predicted" and "measured" to show; None: all but "source", and the last two where they say something.
+                "predicted" has what a call takes in float32 and in the low dtype, with gradients in train mode, as
+                policy "fast" measured it alone; "measured" what it takes in the forward of this graph; both in
+                microseconds. Long texts are cut only where the table would be wider than 119 characters.
 
         Raises:
             FxampError: for a column or a format that does not exist.
         """
+        if columns is None:
+            columns = (*COLUMNS, *(name for name in TIMES if any(name in node for node in self.nodes)))
         columns = (columns,) if isinstance(columns, str) else tuple(columns)
-        _check_known("column", columns, (*COLUMNS, "source", *_KEYS.values()))
+        _check_known("column", columns, (*COLUMNS, "source", *_KEYS.values(), *TIMES))
         _check_known("tablefmt", (tablefmt,), tabulate_formats)
-        rows = [[node[_KEYS.get(column, column)] for column in columns] for node in self.nodes]
+        rows = [[node.get(_KEYS.get(column, column), "") for column in columns] for node in self.nodes]
         for column, least in _MAY_SHRINK.items():
             if column in columns and tablefmt == "simple":
                 _shrink(rows, columns, columns.index(column), least)
@@ -108,6 +115,7 @@ def report_of(
     frontend: str = "torch.fx",
     failed: Mapping[str, str] = MappingProxyType({}),
     note: str = "",
+    seconds: Mapping[str, float] = MappingProxyType({}),
 ) -> Report:
     """The report of one planned and rewritten graph.
 
@@ -118,6 +126,7 @@ def report_of(
         frontend: what captured it.
         failed: what could not, with the reason.
         note: a line for the title.
+        seconds: what calls were measured to take, by name.
     """
     policy = plan.policy
     assert policy.device_type is not None
@@ -126,7 +135,7 @@ def report_of(
     made = [node.meta["cast"] for node in graph.nodes if "cast" in node.meta]
     weights = sum(cast.weight for cast in made)
     decisions = [decision for decision in plan if decision.op != "get_attr"]
-    nodes = tuple(_row(decision, casts[decision.name]) for decision in decisions)
+    nodes = tuple(_row(decision, casts[decision.name], seconds.get(decision.name)) for decision in decisions)
     rules = Counter(decision.rule for decision in decisions)
     total = sum(casts.values())
     totals = {"nodes": len(nodes), **{rule: rules[rule] for rule in _COUNTED}}
@@ -150,7 +159,12 @@ def report_of(
     )
 
 
-def _row(decision: Decision, casts: int) -> dict[str, Any]:
+def _row(decision: Decision, casts: int, measured: float | None) -> dict[str, Any]:
+    times = {}
+    if decision.seconds is not None:
+        times["predicted"] = "/".join(map(_micro, decision.seconds))
+    if measured is not None and decision.rule:
+        times["measured"] = _micro(measured)
     return {
         "name": decision.name,
         "op": decision.op,
@@ -162,7 +176,12 @@ def _row(decision: Decision, casts: int) -> dict[str, Any]:
         "casts": casts,
         "reason": decision.reason,
         "source": decision.source,
+        **times,
     }
+
+
+def _micro(seconds: float) -> str:
+    return f"{seconds * 1e6:.3g}" if seconds < 1e-4 else f"{seconds * 1e6:.0f}"
 
 
 def _dtypes(flows: Iterable[Flow]) -> str:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Final
 
-__all__ = ["HIGH", "LOW", "Problem"]
+__all__ = ["HIGH", "LOW", "NEVER", "Problem"]
 
 HIGH: Final = "float32"
 LOW: Final = "low"
 # More than any sum of costs, and an integer: sums of these are exact.
-_NEVER: Final = 1 << 60
+NEVER: Final = 1 << 60
 
 
 @dataclass
@@ -68,8 +68,8 @@ class Problem:
             yield HIGH, name, low
             yield name, LOW, high
         for one, other in self.ties:
-            yield one, other, _NEVER
-            yield other, one, _NEVER
+            yield one, other, NEVER
+            yield other, one, NEVER
         for key, (cost, consumers) in self.casts.items():
             producer = _producer(key)
             if len(consumers) == 1:
@@ -81,7 +81,7 @@ class Problem:
                 yield producer, down, cost
                 yield up, producer, cost
                 yield from chain.from_iterable(
-                    ((down, consumer, _NEVER), (consumer, up, _NEVER)) for consumer in consumers
+                    ((down, consumer, NEVER), (consumer, up, NEVER)) for consumer in consumers
                 )
 
     def _parts(self) -> Iterator[list[tuple[str, str, int]]]:

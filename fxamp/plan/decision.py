@@ -7,8 +7,8 @@ them decides anything on its own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import Any, Final
 
@@ -68,6 +68,8 @@ class Decision:
         how: "call" as it is, "dtype" with ``dtype=torch.float32`` added, "dtype if castable" when that
             depends on an unknown dtype, "promote" when the widest input is not known, "ambient" under
             ``torch.autocast`` with ``state``.
+        seconds: what the call takes in float32 and in the low dtype, where "fast" measured it; with gradients in
+            train mode.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Decision:
     casts: tuple[Cast, ...] = ()
     how: str = "call"
     state: AutocastState | None = None
+    seconds: tuple[float, float] | None = None
 
     def but(self, **changes: Any) -> Decision:
         """The same with other values: ``dataclasses.replace`` without its questions, for there are many decisions."""
@@ -130,6 +133,10 @@ class PrecisionPlan:
     @functools.cached_property
     def _by_name(self) -> dict[str, Decision]:
         return {decision.name: decision for decision in self.decisions}
+
+    def timed(self, seconds: Mapping[str, tuple[float, float]]) -> PrecisionPlan:
+        """The same plan, with what calls were measured to take."""
+        return replace(self, decisions=tuple(d.but(seconds=seconds.get(d.name)) for d in self.decisions))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_by_name"}

@@ -37,7 +37,9 @@ class Measured:
         attribute: path to the parameter, buffer, tensor or module of that name.
         policy: with its dtype resolved.
         training: whether gradients count.
-        frozen: whether the casts of weights do not.
+
+    Attributes:
+        seconds: what calls were found to take in float32 and in the low dtype, by the names of their nodes.
     """
 
     def __init__(
@@ -49,7 +51,6 @@ class Measured:
         policy: Policy,
         *,
         training: bool,
-        frozen: bool = False,
     ) -> None:
         self._probe = probe
         self._observer = observer
@@ -58,7 +59,7 @@ class Measured:
         self._device_type = policy.device_type
         self._dtypes = (torch.float32, policy.dtype)
         self._training = training
-        self._frozen = frozen
+        self.seconds: dict[str, tuple[float, float]] = {}
         self._trained = _trained(graph, attribute, through=training)
 
     def cast(self, size: int, *, weight: bool) -> int:
@@ -66,11 +67,10 @@ class Measured:
 
         At the pace of large tensors: in a model what is cast is in a cache less often than in a measurement.
         """
-        if weight and self._frozen:
-            return 0
         high, low = self._dtypes
         call, large = (self._probe.cast(n, high, low, training=self._training) for n in (1, _LARGE))
-        return round((large * size / _LARGE + (0.0 if weight else call)) * _NANO)
+        alone = not weight or self._device_type == "cpu"  # a call for many is one kernel on a GPU
+        return round((large * size / _LARGE + (call if alone else 0.0)) * _NANO)
 
     def moved(self, size: int, width: int) -> int:
         """Of an elementwise operator; a half of what it moves is what it gives."""
@@ -90,7 +90,10 @@ class Measured:
         target: Any = node.target
         found = self._probe.compare(decision.aten, target, args, kwargs, self._dtypes, training=self._training)
         high, low = found
-        return (round(high * _NANO), round(low * _NANO)) if high is not None and low is not None else None
+        if high is None or low is None:
+            return None
+        self.seconds[node.name] = high, low
+        return round(high * _NANO), round(low * _NANO)
 
     def _spec(self, node: fx.Node, fixed: bool) -> Any:
         value = self._observer.value(node)

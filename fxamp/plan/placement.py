@@ -17,12 +17,12 @@ from fxamp.capture import AutocastState
 from fxamp.dtypes import abbreviate
 from fxamp.plan.calls import argument_nodes
 from fxamp.plan.computing import stay_float32
-from fxamp.plan.cut import HIGH, LOW, Problem
+from fxamp.plan.cut import HIGH, LOW, NEVER, Problem
 from fxamp.plan.decision import Decision
 from fxamp.plan.flow import Flow, Value
 from fxamp.plan.freedom import Freedom, Step
 from fxamp.plan.precise import Precise
-from fxamp.policy.fast import fast_kinds
+from fxamp.policy.fast import MOST_ROWS, adds_up_rows, fast_kinds
 from fxamp.policy.flow import output_kind
 
 __all__ = ["Costs", "Moved", "Placed", "place"]
@@ -50,19 +50,12 @@ class Costs(Protocol):
 
 
 class Moved:
-    """Bytes: what a cast reads and writes, and what an operator does; a cast of its own is a call beside.
-
-    Args:
-        frozen: weights are in the low dtype once and for all.
-    """
+    """Bytes: what a cast reads and writes, and what an operator does; a cast of its own is a call beside."""
 
     CALL: Final = 1 << 14
 
-    def __init__(self, *, frozen: bool = False) -> None:
-        self._frozen = frozen
-
     def cast(self, size: int, *, weight: bool) -> int:
-        return 0 if weight and self._frozen else 6 * size + (0 if weight else self.CALL)
+        return 6 * size + (0 if weight else self.CALL)
 
     def moved(self, size: int, width: int) -> int:
         return size * width
@@ -77,7 +70,7 @@ def place(
     device_type: str,
     *,
     attribute: Callable[[str], Any],
-    size_of: Callable[[fx.Node], int],
+    size_of: Callable[[fx.Node], int | None],
     costs: Costs,
 ) -> dict[str, Placed]:
     """Name of a call to where it runs, for each that is to run otherwise than it was decided.
@@ -87,29 +80,37 @@ def place(
         state: of autocast, outside of regions.
         device_type: whose kernels run.
         attribute: path to the parameter, buffer, tensor or module of that name.
-        size_of: how many elements a value has, as far as that is known.
+        size_of: how many elements a value has, or None when that is not known.
         costs: of casts and calls.
     """
     kinds = fast_kinds(device_type)  # a backward may follow in eval mode too
     precise = Precise(attribute, state.dtype, device_type)
     freedom = Freedom(steps, state, kinds, precise, costs.call)
-    return _Placer(freedom, state.dtype, device_type, costs).placed(size_of)
+    return _Placer(freedom, state.dtype, device_type, costs, size_of).placed()
 
 
 class _Placer:
-    def __init__(self, freedom: Freedom, dtype: torch.dtype, device_type: str, costs: Costs) -> None:
+    def __init__(
+        self,
+        freedom: Freedom,
+        dtype: torch.dtype,
+        device_type: str,
+        costs: Costs,
+        size_of: Callable[[fx.Node], int | None],
+    ) -> None:
         self._freedom = freedom
         self._low = dtype
         self._device_type = device_type
         self._costs = costs
+        self._known_size = size_of
 
     # -- what it costs -----------------------------------------------------------------------------
 
-    def placed(self, size_of: Callable[[fx.Node], int]) -> dict[str, Placed]:
+    def placed(self) -> dict[str, Placed]:
         """Where each call runs that is to run otherwise than it was decided."""
         problem = Problem()
         for node, kind in self._freedom.free.items():
-            problem.call(node.name, *self._call_costs(node, kind, size_of))
+            problem.call(node.name, *self._call_costs(node, kind))
             if self._freedom.takes_a_part(node):
                 problem.tie(node.name, node.all_input_nodes[0].name)
         for step in self._freedom.steps.values():
@@ -117,20 +118,33 @@ class _Placer:
                 producer = self._producer(source)
                 if producer is not None and (producer in problem.costs or wanted in problem.costs):
                     weight = source.op == "get_attr"
-                    problem.value(producer, self._costs.cast(size_of(source), weight=weight), wanted, source.name)
+                    problem.value(producer, self._costs.cast(self._size_of(source), weight=weight), wanted, source.name)
         sides = problem.solve() if problem.costs else {}
         return dict(self._outcome({**sides, HIGH: HIGH, LOW: LOW}))
 
-    def _call_costs(self, node: fx.Node, kind: str, size_of: Callable[[fx.Node], int]) -> tuple[int, int]:
+    def _size_of(self, node: fx.Node) -> int:
+        return self._known_size(node) or _NOMINAL_SIZE
+
+    def _call_costs(self, node: fx.Node, kind: str) -> tuple[int, int]:
         """In float32, and in the low dtype."""
         if kind == "view":
             return 0, 0
-        known = self._freedom.times.get(node) or self._costs.call(node, self._freedom.steps[node].decision)
-        if known is not None:
-            return known
-        flows = zip(argument_nodes(node), self._freedom.steps[node].decision.inputs, strict=True)
-        size = size_of(node) + sum(size_of(source) for source, flow in flows if self._freedom.side(flow))
-        return self._costs.moved(size, 4), self._costs.moved(size, 2)
+        decision = self._freedom.steps[node].decision
+        found = self._freedom.times.get(node) or self._costs.call(node, decision)
+        if found is None:
+            flows = zip(argument_nodes(node), decision.inputs, strict=True)
+            size = self._size_of(node) + sum(
+                self._size_of(source) for source, flow in flows if self._freedom.side(flow)
+            )
+            found = self._costs.moved(size, 4), self._costs.moved(size, 2)
+        return (found[0], NEVER) if self._adds_up_too_much(node, decision.aten) else found
+
+    def _adds_up_too_much(self, node: fx.Node, aten: str) -> bool:
+        """Whether the gradients of an operator's weights would be added up in the low dtype, over too many rows."""
+        if not adds_up_rows(aten, self._device_type):
+            return False
+        sizes = [self._known_size(source) for source in argument_nodes(node)[:2]]
+        return len(sizes) == 2 and None not in sizes and sizes[0] > MOST_ROWS * sizes[1]  # type: ignore[operator]
 
     def _producer(self, node: fx.Node) -> str | None:
         """Where a value comes from: a free call, or a side."""
@@ -249,5 +263,6 @@ class _Placer:
         return "follow", "fewest bytes" if needed else "input dtype"
 
 
+_NOMINAL_SIZE: Final = 1 << 20  # elements of a value of which nothing is known
 _BY_ITSELF: Final = ("dtype", "dtype if castable")  # how an operator computes in float32 without a cast
 _PROMOTING: Final = ("promote", "float_promote")

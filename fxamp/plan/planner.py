@@ -40,9 +40,6 @@ _AUTOCAST_GIVES: Final = {"cross_entropy_loss": torch.float32}
 _REFLECTED: Final[Mapping[Any, str]] = {operator.truediv: "reciprocal", operator.sub: "rsub"}
 
 
-_NOMINAL_SIZE: Final = 1 << 20  # elements of a value of which nothing is known
-
-
 class Observer(Protocol):
     """Runs a planned call on fake tensors, so that dtypes are known and not derived."""
 
@@ -144,8 +141,8 @@ class _Planner:
         options: Any = {"attribute": self._attribute, "size_of": self._size_of, "costs": costs}
         return place(steps, self._ambient, self._device_type, **options)
 
-    def _size_of(self, node: fx.Node) -> int:
-        """How many elements a value has; without shapes, what is known of its rank, and a nominal size."""
+    def _size_of(self, node: fx.Node) -> int | None:
+        """How many elements a value has, when that is known."""
         shape = self._observer.shape(node) if self._observer is not None else None
         value = self._attribute(str(node.target)) if node.op == "get_attr" else None
         if shape is not None:
@@ -153,7 +150,7 @@ class _Planner:
         if isinstance(value, torch.Tensor):
             return value.numel()
         flow = self._flows[node]
-        return 1 if isinstance(flow, Value) and flow.scalar else _NOMINAL_SIZE
+        return 1 if isinstance(flow, Value) and flow.scalar else None
 
     def _observed(self, observer: Observer, node: fx.Node, decision: Decision) -> Flow:
         if self._is_unsure(node):

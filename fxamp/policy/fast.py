@@ -21,12 +21,14 @@ from fxamp.policy.flow import is_view
 from fxamp.policy.operators import check_device_type
 
 __all__ = [
-    "BOUNDED", "FAST_KINDS", "NO_LARGER", "fast_kinds", "fits", "float32_arguments", "is_choice", "moves_only",
+    "BOUNDED", "FAST_KINDS", "MOST_ROWS", "NO_LARGER", "adds_up_rows", "fast_kinds", "fits", "float32_arguments",
+    "is_choice", "moves_only",
     "tensor_fits",
 ]  # fmt: skip
 
 FAST_KINDS: Final = ("inside", "pointwise", "moves", "fp32")
-_FORWARD: Final = "_forward"
+MOST_ROWS: Final = 4096
+_FORWARD, _ROWS = "_forward", "_rows"
 
 BOUNDED: Final = frozenset(
     """
@@ -81,14 +83,24 @@ def fast_kinds(device_type: str, *, gradients: bool = True) -> Mapping[str, str]
         >>> kinds = fast_kinds("cpu")
         >>> kinds["softmax"], kinds["exp"], "argmax" in kinds
         ('inside', 'fp32', False)
-        >>> "layer_norm" in kinds, fast_kinds("cpu", gradients=False)["layer_norm"]
-        (False, 'inside')
+        >>> "embedding" in kinds, fast_kinds("cpu", gradients=False)["embedding"]
+        (False, 'moves')
     """
     check_device_type(device_type)
     cells = {name: row[device_type] for name, row in rows().items() if row[device_type] != "-"}
-    if gradients:
-        return MappingProxyType({name: cell for name, cell in cells.items() if not cell.endswith(_FORWARD)})
-    return MappingProxyType({name: cell.removesuffix(_FORWARD) for name, cell in cells.items()})
+    allowed = {name: cell for name, cell in cells.items() if not (gradients and cell.endswith(_FORWARD))}
+    return MappingProxyType({name: cell.partition("_")[0] for name, cell in allowed.items()})
+
+
+def adds_up_rows(aten: str, device_type: str) -> bool:
+    """Whether an operator adds up the gradients of its weights in the low dtype, over the rows of its input.
+
+    Example::
+
+        >>> adds_up_rows("layer_norm", "cpu"), adds_up_rows("layer_norm", "cuda")
+        (True, False)
+    """
+    return aten in rows() and rows()[aten][check_device_type(device_type)].endswith(_ROWS)
 
 
 @functools.cache

@@ -8,6 +8,8 @@ torch.autocast lets them follow their inputs or has float32; one without a row s
 * ``moves``: moves, copies or chooses values: exact. Views have no row: ``fast.moves_only`` tells them by their schema.
 * ``inside_forward``, ``pointwise_forward``, ``moves_forward``: the same, but the gradient is added up in the low dtype,
   so that its error grows with the number of terms: a choice only where no gradient is asked for.
+* ``inside_rows``: as ``inside``, but the gradients of the weights, not that of the input, are added up in the low
+  dtype over the rows: off by 3% at 512 rows, by 7% at 4096. A choice up to ``fast.MOST_ROWS``, where these are known.
 * ``fp32``: float32, whatever comes in: the range is too small or an error of the input grows.
 * ``-``: no row on this device.
 
@@ -122,7 +124,7 @@ index_select                      moves_forward   moves
 instance_norm                     inside          inside
 kl_div                            fp32            fp32
 l1_loss                           fp32            fp32
-layer_norm                        inside          inside
+layer_norm                        inside          inside_rows
 leaky_relu                        pointwise       pointwise
 lerp                              pointwise       pointwise
 lgamma                            fp32            fp32

@@ -264,9 +264,14 @@ class AmpModule(CheckpointedModule):
         scaler._bind(self)
         self._conversion.scaler = scaler
 
-    def report(self) -> Any:
-        """The decisions as a table; ``print`` it, or see ``fxamp.Report``."""
-        return inspect(self).report()
+    def report(self, measure: tuple[Any, ...] | None = None) -> Any:
+        """The decisions as a table; ``print`` it, or see ``fxamp.Report``.
+
+        Args:
+            measure: positional inputs; the graph is run on them call by call, and what each call takes is in the
+                column "measured".
+        """
+        return inspect(self).report(measure)
 
     def replan(self, policy: str | Policy) -> AmpModule:
         """A new module under another policy; nothing is traced again and the tensors are shared.

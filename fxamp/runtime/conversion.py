@@ -163,8 +163,7 @@ class Conversion:
 
     def _planned(self, mode: str, traced: Traced, examples: list[Any] | None) -> Variant:
         with torch.inference_mode(False), self.program.in_mode(self.program.flags(mode)), forgetting_fakes():
-            frozen = self.frozen is not None
-            plan = self.stages.plan(self.program, traced, self.policy, mode, examples, to_freeze=frozen)
+            plan = self.stages.plan(self.program, traced, self.policy, mode, examples)
             observed = examples if traced.fits is None else None
             return Variant.of(self.program, traced, plan, self._rewritten(traced, plan), observed)
 

@@ -13,6 +13,7 @@ from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
 from fxamp.runtime.frozen import check_thawed, frozen, own_tensors
 from fxamp.runtime.scaler import GradScaler
+from fxamp.runtime.timing import seconds_of_calls
 
 if TYPE_CHECKING:
     from fxamp.runtime.amp_module import AmpModule
@@ -52,12 +53,16 @@ class Inspection:
         """The paired gradient scaler."""
         return self._conversion.scaler
 
-    def report(self) -> Any:
-        """The decisions as a ``fxamp.Report``."""
-        variant = self._conversion.base
-        traced, name = variant.traced, self._conversion.program.name
-        report, note = self._conversion.stages.report, self._conversion.note
-        return report(name, variant.plan, variant.graph, traced.frontend, traced.failed, note)
+    def report(self, measure: tuple[Any, ...] | None = None) -> Any:
+        """The decisions as a ``fxamp.Report``; with what each call takes for the inputs ``measure``."""
+        conversion = self._conversion
+        variant, seconds = conversion.base, {}
+        if measure is not None:
+            variant, values = self._amp._variant_for(measure, {})
+            seconds = seconds_of_calls(self._amp._root, variant.graph, values)
+        traced, report = variant.traced, conversion.stages.report
+        plan, graph, name = variant.plan, variant.graph, conversion.program.name
+        return report(name, plan, graph, traced.frontend, traced.failed, conversion.note, seconds)
 
     def replan(self, policy: str | Policy) -> AmpModule:
         """A new module under another policy."""
