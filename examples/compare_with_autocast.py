@@ -28,8 +28,8 @@ class CastCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        copies = func is torch.ops.aten._to_copy.default and result.dtype != args[0].dtype
-        self.casts += copies or func is torch.ops.aten._foreach_copy_.default
+        other = func is torch.ops.aten._to_copy.default and result.dtype != args[0].dtype
+        self.casts += other or func is torch.ops.aten._foreach_copy_.default
         return result
 
 
@@ -42,17 +42,16 @@ def main() -> None:
             output = model(x)
             return F.cross_entropy(output, y), output
 
-    steps, options = {"torch.autocast": autocast}, {"loss": F.cross_entropy, "dtype": torch.bfloat16}
-    for policy in ("autocast", "fast"):
-        steps[f"fxamp {policy}"] = fxamp.convert(model, policy=policy, **options)
+    low, loss = torch.bfloat16, F.cross_entropy
+    ours = {f"fxamp {name}": fxamp.convert(model, loss, dtype=low, policy=name) for name in ("autocast", "fast")}
     rows, expected = [], None
-    for name, step in steps.items():
+    for name, step in {"torch.autocast": autocast, **ours}.items():
         with CastCount() as count:
             loss, output = step(x, y)
             found = output, *torch.autograd.grad(loss, tuple(model.parameters()))
         expected = expected or found
-        differ = [(a - b).abs().max().item() for a, b in zip(found, expected, strict=True)]
-        rows.append([name, count.casts, differ[0], max(differ[1:])])
+        first, *others = [(a - b).abs().max().item() for a, b in zip(found, expected, strict=True)]
+        rows.append([name, count.casts, first, max(others)])
     print(tabulate(rows, ("one training step", "casts", "output differs by", "gradients differ by")))
 
 

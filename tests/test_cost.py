@@ -235,11 +235,10 @@ def test_what_cannot_be_written_is_not_measured(clock, probe):
     assert not timed.ran
 
 
-def test_what_is_set_is_a_part_of_what_is_asked(clock, probe, monkeypatch):
+def test_what_is_set_is_a_part_of_what_is_asked(clock, probe):
     timed = Timed(clock, float32=0.01)
     assert ask(probe, timed, F32) == (pytest.approx(0.01),)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.backends.cudnn, "benchmark", True)
+    with torch.backends.cudnn.flags(benchmark=True):
         assert ask(probe, Timed(clock, float32=0.02), F32) == (pytest.approx(0.02),)
     assert ask(probe, timed, F32) == (pytest.approx(0.01),)
 

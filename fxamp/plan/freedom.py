@@ -18,6 +18,7 @@ from fxamp.plan.cut import HIGH, LOW
 from fxamp.plan.decision import Decision
 from fxamp.plan.flow import Flow, Value, tensors_in
 from fxamp.plan.precise import Precise
+from fxamp.plan.results import USER_CASTS
 from fxamp.policy.fast import is_choice, moves_only
 
 __all__ = ["Freedom", "Step"]
@@ -89,7 +90,7 @@ class Freedom:
         node, call, decision, written = step
         if call is None or call.steering or call.inplace or call.holds or written or decision.state != self._state:
             return None
-        if any(map(self._takes_it_as_it_is, node.users)):
+        if any(self._takes_it_as_it_is(user, node) for user in node.users):
             return None
         if decision.reason not in ("op table", "input dtype") or not is_choice(node.args, node.kwargs):
             return None
@@ -108,12 +109,12 @@ class Freedom:
             return found
         return "view" if call.aten in _VIEWS or moves_only(call.aten) else None
 
-    def _takes_it_as_it_is(self, user: fx.Node) -> bool:
+    def _takes_it_as_it_is(self, user: fx.Node, node: fx.Node) -> bool:
         """Whether a use of a value is told its dtype, or is a write, of which nothing is cast."""
         call = self.steps[user].call
         if call is not None and call.steering:
             return user.target in _DTYPE_READS or (user.target is getattr and user.args[1] in _DTYPE_NAMES)
-        return call is not None and call.inplace
+        return call is not None and (call.inplace or (call.aten in USER_CASTS and user.args[0] is not node))
 
     def _is_either(self, flow: Flow) -> bool:
         """Whether a value can be cast from one of the two dtypes to the other, or is not touched by casts."""

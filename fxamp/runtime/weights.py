@@ -99,8 +99,10 @@ class WeightCasts:
             return _held(weights, (self.dtype, self.epoch, 0))
         if torch.compiler.is_compiling() or _one_by_one(weights):
             return tuple([weight.to(self.dtype) for weight in weights])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
-            return _cast_together(weights, self.dtype, self._buffers)
+        if self.detached:
+            with torch.no_grad():
+                return _copied(weights, _like(weights, self.dtype))
+        return _cast_together(weights, self.dtype, self._buffers)
 
 
 def _held(weights: Sequence[torch.Tensor], key: tuple[torch.dtype, int, int]) -> tuple[torch.Tensor, ...]:

@@ -116,7 +116,8 @@ def test_fast_shares_no_cast_across_a_write(name: str, between: Any) -> None:
     with quiet():
         expected, _ = run(exact, (rows(),), {}, torch.enable_grad())
         found, _ = run(fast, (rows(),), {}, torch.enable_grad())
-    assert torch.equal(torch.nan_to_num(found), torch.nan_to_num(expected))
+    # A stale cast is far off; a sum that stays in float32 is off by a rounding.
+    torch.testing.assert_close(found.float(), expected.float(), rtol=1e-2, atol=1e-2, equal_nan=True)
 
 
 def statistics_of_a_norm(m: Any, x: Tensor) -> Tensor:
