@@ -231,7 +231,7 @@ LOCAL_IMPORTS: dict[tuple[str, str], str] = {
     ("compiling/running.py", "_looked_up"): "from torch._dynamo.backends.registry import lookup_backend",
     ("compiling/surrounding.py", "surround_calls"): "from torch._dynamo import eval_frame",
     # Nor networkx, which torch itself imports only when it is used.
-    ("plan/cut.py", "_sides"): "import networkx",
+    ("plan/cut.py", "_cut"): "import networkx",
 }
 
 

@@ -7,7 +7,8 @@ the source's side runs in float32. A value has at most two auxiliary nodes, one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Final
@@ -54,13 +55,13 @@ class Problem:
     def solve(self) -> dict[str, str]:
         """For each call the dtype that makes the sum least; where it makes no difference, float32.
 
-        By ``networkx``, for each part of the problem that hangs together. That nothing else costs less is the theorem
-        of minimum cut and maximum flow.
+        What hangs on one or two others is decided by them, and left out first; the rest is solved by ``networkx``, each
+        part that hangs together for itself. That nothing costs less is the theorem of minimum cut and maximum flow.
         """
-        found: dict[str, str] = {}
-        for edges in self._parts():
-            found.update(_sides(edges))
-        return {name: found.get(name, HIGH) for name in self.costs}
+        core = _Core(self._edges())
+        core.reduce()
+        sides = core.solve()
+        return {name: sides.get(name, HIGH) for name in self.costs}
 
     def _edges(self) -> Iterator[tuple[str, str, int]]:
         """(from, to, cost when the first runs in float32 and the second in the low dtype)."""
@@ -84,42 +85,107 @@ class Problem:
                     ((down, consumer, NEVER), (consumer, up, NEVER)) for consumer in consumers
                 )
 
-    def _parts(self) -> Iterator[list[tuple[str, str, int]]]:
-        """The edges of each set of calls that hang together, not through what runs in one dtype in any case."""
-        edges = [
-            edge for edge in self._edges() if edge[2] and edge[0] != edge[1] and edge[0] != LOW and edge[1] != HIGH
-        ]
-        root: dict[str, str] = {}
-
-        def find(name: str) -> str:
-            while root.setdefault(name, name) != name:
-                root[name] = name = root[root[name]]
-            return name
-
-        for one, other, _ in edges:
-            if one != HIGH and other != LOW:
-                root[find(one)] = find(other)
-        parts: dict[str, list[tuple[str, str, int]]] = {}
-        for edge in edges:
-            if edge[:2] != (HIGH, LOW):
-                parts.setdefault(find(edge[0] if edge[0] != HIGH else edge[1]), []).append(edge)
-        yield from parts.values()
-
 
 def _producer(key: str) -> str:
     return key.rpartition("\n")[2]
 
 
-def _sides(edges: list[tuple[str, str, int]]) -> dict[str, str]:
-    """The side of each node of a minimum cut: the one with most nodes in float32, which is but one."""
-    import networkx  # type: ignore[import-untyped]  # torch brings it, and imports it no earlier
+class _Core:
+    """The same problem as numbers.
 
-    graph: Any = networkx.DiGraph()
-    graph.add_nodes_from((HIGH, LOW))
-    for one, other, cost in edges:
-        if graph.has_edge(one, other):
-            graph[one][other]["capacity"] += cost
-        else:
-            graph.add_edge(one, other, capacity=cost)
-    _, (high, low) = networkx.minimum_cut(graph, HIGH, LOW)
-    return {**dict.fromkeys(high, HIGH), **dict.fromkeys(low, LOW)}
+    Attributes:
+        more: by how much a node costs more in the low dtype.
+        pairs: what it costs when the first node runs in float32 and the second in the low dtype; both ways are there.
+        left_out: nodes that were taken out, with their neighbours then, in order.
+    """
+
+    def __init__(self, edges: Iterable[tuple[str, str, int]]) -> None:
+        self.more: dict[str, int] = {}
+        self.pairs: dict[str, dict[str, int]] = {}
+        self.left_out: list[tuple[str, int, list[tuple[str, int, int]]]] = []
+        for one, other, cost in edges:
+            if one in (LOW, other) or other == HIGH or (one, other) == (HIGH, LOW):
+                continue
+            if one == HIGH:
+                self._add(other, cost)
+            elif other == LOW:
+                self._add(one, -cost)
+            else:
+                self._join(one, other, cost)
+
+    def _add(self, node: str, more: int) -> None:
+        self.more[node] = self.more.get(node, 0) + more
+        self.pairs.setdefault(node, {})
+
+    def _join(self, one: str, other: str, cost: int) -> None:
+        self._add(one, 0)
+        self._add(other, 0)
+        self.pairs[one][other] = self.pairs[one].get(other, 0) + cost
+        self.pairs[other].setdefault(one, 0)
+
+    def reduce(self) -> None:
+        """Takes out nodes with one neighbour or two, for which those pay what the node costs at its best."""
+        waiting = [node for node in self.pairs if len(self.pairs[node]) <= _FEW]
+        while waiting:
+            node = waiting.pop()
+            if node not in self.pairs or len(self.pairs[node]) > _FEW:
+                continue
+            around = [(other, self.pairs[other].pop(node), cost) for other, cost in self.pairs.pop(node).items()]
+            self.left_out.append((node, self.more.pop(node), around))
+            self._pass_on(*self.left_out[-1][1:])
+            waiting.extend(other for other, _, _ in around if len(self.pairs[other]) <= _FEW)
+
+    def _pass_on(self, more: int, around: list[tuple[str, int, int]]) -> None:
+        best = {sides: _best(more, around, sides)[0] for sides in itertools.product((HIGH, LOW), repeat=len(around))}
+        if len(around) == 1:
+            self._add(around[0][0], best[LOW,] - best[HIGH,])
+        elif around:
+            (one, _, _), (other, _, _) = around
+            self._add(one, best[LOW, HIGH] - best[HIGH, HIGH])
+            self._add(other, best[LOW, LOW] - best[LOW, HIGH])
+            self._join(one, other, best[HIGH, LOW] + best[LOW, HIGH] - best[HIGH, HIGH] - best[LOW, LOW])
+
+    def solve(self) -> dict[str, str]:
+        """The side of each node: the one with most in float32, of those that cost least."""
+        found: dict[str, str] = {}
+        for part in self._parts():
+            found.update(self._cut(part))
+        for node, more, around in reversed(self.left_out):
+            found[node] = _best(more, around, tuple(found[other] for other, _, _ in around))[1]
+        return found
+
+    def _parts(self) -> Iterator[list[str]]:
+        """The nodes that are left, in parts that hang together."""
+        seen: set[str] = set()
+        for node in self.pairs:
+            part = [] if node in seen else [node]
+            seen.add(node)
+            for each in part:
+                further = [other for other in self.pairs[each] if other not in seen]
+                seen.update(further)
+                part.extend(further)
+            if part:
+                yield part
+
+    def _cut(self, part: list[str]) -> dict[str, str]:
+        import networkx  # type: ignore[import-untyped]  # torch brings it, and imports it no earlier
+
+        graph: Any = networkx.DiGraph()
+        graph.add_nodes_from((HIGH, LOW))
+        for node in part:
+            more = self.more[node]
+            graph.add_edge(*((HIGH, node) if more > 0 else (node, LOW)), capacity=abs(more))
+            graph.add_edges_from((node, other, {"capacity": cost}) for other, cost in self.pairs[node].items() if cost)
+        fastest = networkx.algorithms.flow.boykov_kolmogorov
+        _, (high, low) = networkx.minimum_cut(graph, HIGH, LOW, flow_func=fastest)
+        return {**dict.fromkeys(high, HIGH), **dict.fromkeys(low, LOW)}
+
+
+def _best(more: int, around: list[tuple[str, int, int]], sides: tuple[str, ...]) -> tuple[int, str]:
+    """What a node costs at least, and on which side, when its neighbours are on these."""
+    high = sum(out for (_, _, out), side in zip(around, sides, strict=True) if side == LOW)
+    low = more + sum(into for (_, into, _), side in zip(around, sides, strict=True) if side == HIGH)
+    return (high, HIGH) if high <= low else (low, LOW)
+
+
+_FEW: Final = 2

@@ -60,6 +60,9 @@ class Measured:
         self._dtypes = (torch.float32, policy.dtype)
         self._training = training
         self.seconds: dict[str, tuple[float, float]] = {}
+        self._known: dict[Any, tuple[float | None, ...]] = {}
+        self._casts: dict[int, float] = {}
+        self._moves: dict[tuple[int, int], int] = {}
         self._trained = _trained(graph, attribute, through=training)
 
     def cast(self, size: int, *, weight: bool) -> int:
@@ -67,33 +70,51 @@ class Measured:
 
         At the pace of large tensors: in a model what is cast is in a cache less often than in a measurement.
         """
-        high, low = self._dtypes
-        call, large = (self._probe.cast(n, high, low, training=self._training) for n in (1, _LARGE))
+        if not self._casts:
+            high, low = self._dtypes
+            self._casts = {n: self._probe.cast(n, high, low, training=self._training) for n in (1, _LARGE)}
+        call, large = self._casts.values()
         alone = not weight or self._device_type == "cpu"  # a call for many is one kernel on a GPU
         return round((large * size / _LARGE + (call if alone else 0.0)) * _NANO)
 
     def moved(self, size: int, width: int) -> int:
         """Of an elementwise operator; a half of what it moves is what it gives."""
-        dtype = self._dtypes[0] if width == 4 else self._dtypes[1]
-        return round(self._probe.pointwise(max(size // 2, 1), dtype, training=self._training) * _NANO)
+        if (size, width) not in self._moves:
+            dtype = self._dtypes[0] if width == 4 else self._dtypes[1]
+            seconds = self._probe.pointwise(max(size // 2, 1), dtype, training=self._training)
+            self._moves[size, width] = round(seconds * _NANO)
+        return self._moves[size, width]
 
     def call(self, node: fx.Node, decision: Decision) -> tuple[int, int] | None:
         """An operator in float32 and in the low dtype, or None when it cannot be measured."""
         if node.op == "call_module" or node.target in (operator.getitem, getattr):
             return None
-        fixed = stay_float32(node, decision.aten, self._device_type)
-        kept = {source for source, stays in zip(argument_nodes(node), fixed, strict=True) if stays}
         try:
-            args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, lambda each: self._spec(each, each in kept))
+            found = self._found(node, decision)
         except TypeError:  # something that has no shape
             return None
-        target: Any = node.target
-        found = self._probe.compare(decision.aten, target, args, kwargs, self._dtypes, training=self._training)
         high, low = found
         if high is None or low is None:
             return None
         self.seconds[node.name] = high, low
         return round(high * _NANO), round(low * _NANO)
+
+    def _found(self, node: fx.Node, decision: Decision) -> tuple[float | None, ...]:
+        """Seconds in either dtype; the observer gives calls that are alike the same values, which are asked once."""
+        values = map_leaves(
+            (node.args, node.kwargs), fx.Node, lambda n: (id(self._observer.value(n)), n in self._trained)
+        )
+        key = repr((node.target, values))
+        if key not in self._known:
+            self._known[key] = self._compared(node, decision)
+        return self._known[key]
+
+    def _compared(self, node: fx.Node, decision: Decision) -> tuple[float | None, ...]:
+        fixed = stay_float32(node, decision.aten, self._device_type)
+        kept = {source for source, stays in zip(argument_nodes(node), fixed, strict=True) if stays}
+        args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, lambda each: self._spec(each, each in kept))
+        target: Any = node.target
+        return self._probe.compare(decision.aten, target, args, kwargs, self._dtypes, training=self._training)
 
     def _spec(self, node: fx.Node, fixed: bool) -> Any:
         value = self._observer.value(node)

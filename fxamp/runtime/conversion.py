@@ -153,8 +153,9 @@ class Conversion:
         return Setting(self.program.flags(mode), ambient_of(self.policy), grad_mode())
 
     def _build(self, mode: str, traced: Traced, known: Sequence[tuple[str, Variant]]) -> Variant:
+        measures = self.policy.name == "fast" and self.examples is not None  # with gradients, or without
         for other, variant in known:
-            if variant.traced is traced and (other == mode or self.policy.name != "fast"):
+            if variant.traced is traced and (other == mode or not measures):
                 return variant if other == mode else variant.in_mode(mode, self._rewritten)
         examples = self.examples if traced.layout == self.layout else None
         if examples is not None and traced.given is not None:
