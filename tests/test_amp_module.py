@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxamp
+from fxamp.runtime.folding import folded_linear
 from tests.helpers import assert_same, check_against_autocast
 from tests.zoo.basic import GPT, Attention, Regions, ResNet
 
@@ -248,6 +251,33 @@ class TestFreeze:
         assert amp.conv1.weight.dtype == torch.float32
         assert amp.conv1.weight.requires_grad
         assert model.conv1.weight.dtype == torch.float32
+
+    def test_nothing_of_the_model_is_kept_alive(self) -> None:
+        model = ResNet()
+        kept = [weakref.ref(parameter) for parameter in model.parameters()]
+        frozen = fxamp.convert(model, dtype=torch.bfloat16).freeze()
+        del model
+        gc.collect()
+        assert not any(ref() is not None for ref in kept)
+        assert frozen(torch.randn(2, 3, 8, 8)).dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("policy", ["autocast", "fast"])
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_a_linear_on_what_is_not_contiguous(self, policy: str, bias: bool) -> None:
+        class Transposed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 16, bias=bias)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.head(self.fc(x).transpose(0, 1))
+
+        amp, x = fxamp.convert(Transposed(), dtype=torch.bfloat16, policy=policy).eval(), torch.randn(4, 5, 8)
+        frozen = amp.freeze()
+        assert any(node.target is folded_linear for node in frozen.graph.nodes)
+        with torch.no_grad():
+            assert_same(frozen(x), amp(x))
+        assert_same(frozen(x), amp(x).detach())
 
     def test_a_weight_also_used_in_float32_keeps_its_dtype(self) -> None:
         amp = fxamp.convert(GPT(), dtype=torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -99,3 +100,27 @@ def test_versions_are_those_of_the_package() -> None:
     torch = next(entry for entry in project["dependencies"] if entry.startswith("torch>="))
     assert torch.replace(">=", " >= ") in README
     assert project["description"] in README.replace("`", "")
+
+
+def test_times_and_casts_are_those_of_the_newest_results() -> None:
+    """For thirteen models on a CPU: geometric means of ratios to autocast, and counts."""
+    newest = max((ROOT / "benchmarks" / "results").glob("*cpu*.json"))
+    results = json.loads(newest.read_text())
+    means = {(row["phase"], row["variant"]): f"{row['all']:.2f}" for row in results["means"] if not row["compiled"]}
+    casts = {
+        (row["case"], row["variant"]): str(row["casts"]["casts"])
+        for row in results["cases"]
+        if row["phase"] == "training" and not row["compiled"]
+    }
+    rows = re.findall(
+        r"^\| (.*?) +\| +([\d.]+) +\| ([\d.]+) +\| ([\d.]*) +\| (\d+) +\| (\d+) +\|$", README, re.MULTILINE
+    )
+    assert len(rows) == len(VARIANTS)
+    for (name, training, inference, frozen, gpt, resnet), variant in zip(rows, VARIANTS, strict=True):
+        assert training == means["training", variant], name
+        assert inference == means["inference", variant], name
+        assert frozen == means.get(("inference", f"{variant}, frozen"), ""), name
+        assert (gpt, resnet) == (casts["gpt-d384", variant], casts["resnet-18", variant]), name
+
+
+VARIANTS = ("float32", "autocast", "fxamp autocast", "fxamp fast", "fxamp fast, shapes", "wholly low")

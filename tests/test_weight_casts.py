@@ -19,6 +19,7 @@ import fxamp
 from fxamp.rewrite import grouping
 from fxamp.runtime.weights import WeightCasts
 from tests.helpers import assert_same
+from tests.zoo import ZOO
 
 LOW = torch.bfloat16
 X, Y = torch.randn(3, 8, generator=torch.manual_seed(0)), torch.randn(3, 4, generator=torch.manual_seed(1))
@@ -328,6 +329,21 @@ def test_transforms_of_functions_see_each_cast() -> None:
     assert_same(found, {name: p.grad for name, p in model.named_parameters()})
 
 
+@pytest.mark.parametrize("model", [mlp(), nn.Linear(8, 4, bias=False)], ids=["many weights", "one weight"])
+def test_a_batch_by_vmap_without_gradients(model: nn.Module) -> None:
+    amp = fxamp.convert(model, dtype=LOW)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(amp)(X), amp(X))
+
+
+def test_low_copies_are_flagged_as_their_weights_without_gradients_too() -> None:
+    weights = list(mlp().parameters())
+    weights[1].requires_grad_(False)
+    with torch.no_grad():
+        low = WeightCasts(LOW)(*weights)
+    assert [tensor.requires_grad for tensor in low] == [weight.requires_grad for weight in weights]
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own rules for tangents
 def test_tangents_go_through() -> None:
     model = mlp()
@@ -450,6 +466,26 @@ def test_freezing_folds_grouped_weights() -> None:
     assert all(parameter.dtype == LOW for parameter in frozen.parameters())
     with torch.no_grad():
         assert_same(frozen(X), amp.eval()(X))
+
+
+@pytest.mark.parametrize("policy", ["autocast", "fast"])
+@pytest.mark.parametrize("name", ["gpt_loss", "resnet", "unet", "attention_masked"])
+def test_models_compiled_in_one_graph_are_bitwise_the_same(name: str, policy: str) -> None:
+    torch._dynamo.reset()
+    case = ZOO[name]
+    torch.manual_seed(0)
+    model, inputs = case.make(), (*case.inputs(), *case.loss_args())
+    amp = fxamp.convert(model, case.loss, example_inputs=(inputs, dict(case.kwargs)), dtype=LOW, policy=policy)
+    found = []
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for run in (amp, torch.compile(amp, fullgraph=True, backend="aot_eager")):
+        model.load_state_dict(state)
+        torch.manual_seed(0)
+        output = run(*inputs, **case.kwargs)
+        loss = output[0] if case.loss is not None else output
+        loss.float().sum().backward()
+        found.append((loss.detach(), gradients(model), {k: v.clone() for k, v in model.named_buffers()}))
+    assert_same(found[1], found[0])
 
 
 @pytest.mark.parametrize("policy", ["autocast", "fast"])

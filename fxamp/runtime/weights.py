@@ -205,7 +205,7 @@ def _copied(tensors: Sequence[torch.Tensor], to: list[torch.Tensor]) -> tuple[to
 
 def _as_trained(weights: Sequence[torch.Tensor], low: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The low copies with the flags of their weights, as autocast has them: matmul goes by these, not by the mode."""
-    if not torch.is_inference_mode_enabled():
+    if not torch.is_inference_mode_enabled() and torch._C._functorch.maybe_current_level() is None:
         for weight, tensor in zip(weights, low, strict=True):
             tensor.requires_grad_(weight.requires_grad)
     return low
