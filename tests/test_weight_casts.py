@@ -490,7 +490,7 @@ def test_models_compiled_in_one_graph_are_bitwise_the_same(name: str, policy: st
     assert_same((ours, own_buffers), (expected, buffers))
     if name == "gpt_loss":  # there aot_eager is not bitwise eager torch either, for the model wholly in bfloat16
         for key, slope in slopes.items():
-            assert (own_slopes[key] - slope).norm() <= 0.02 * slope.norm() + 1e-4, key
+            assert (own_slopes[key] - slope).norm() <= 0.02 * slope.norm() + 1e-3, key
     else:
         assert_same(own_slopes, slopes)
 
