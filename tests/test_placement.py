@@ -140,6 +140,46 @@ def test_positions_and_times_stay_in_float32_until_they_are_waves() -> None:
     assert decisions(amp, "mul")[1].runs_in == LOW  # waves are between -1 and 1
 
 
+def test_what_was_an_integer_stays_in_float32_where_it_is_made() -> None:
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(512, 8)
+            self.scale = nn.Parameter(torch.ones(512))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.arange(512) * self.scale) + self.fc(x)
+
+    amp = fast(Places(), torch.randn(4, 512))
+    assert ran_in(amp, "mul") == [torch.float32]
+
+
+class Growing(nn.Module):
+    """A residual stream beyond what float16 holds, of branches that it does hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(8, 32), nn.LayerNorm(32)
+        self.fc, self.head = nn.Linear(32, 32), nn.Linear(32, 4)
+        nn.init.uniform_(self.fc.bias, -4e4, 4e4)
+
+    def forward(self, i: Tensor) -> Tensor:
+        x = self.embed(i)
+        for _ in range(4):
+            x = x + self.fc(self.norm(x))
+        return self.head(self.norm(x))
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize(("dtype", "stream"), [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_what_float16_may_not_hold_stays_in_float32(dtype: torch.dtype, stream: Any, device_type: str) -> None:
+    model, i = Growing(), torch.arange(8).repeat(4, 1)
+    amp = fast(model, i, dtype=dtype, device_type=device_type)
+    assert ran_in(amp, "add") == [stream] * 4
+    with torch.no_grad():
+        torch.testing.assert_close(amp(i).float(), model(i), atol=0.05, rtol=0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_mask_of_the_lowest_number_keeps_its_meaning(dtype: torch.dtype) -> None:
     class Masked(nn.Module):

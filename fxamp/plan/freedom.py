@@ -82,7 +82,7 @@ class Freedom:
             self.forced.add(step.node)
 
     def _keeps_float32(self, step: Step, kind: str) -> bool:
-        precise = self._precise.comes_in(step.node, step.decision)
+        precise = step.node in self._precise or self._precise.comes_in(step.node, step.decision)
         return precise or self._precise.has_number_out_of_range(step.node, kind)
 
     def _kind(self, step: Step) -> str | None:

@@ -1,8 +1,9 @@
 """Which values must not be rounded to the low dtype, but where the operator table says so?
 
 What comes in from outside, what was an integer (a position, a time), what is out of the low dtype's range, and what a
-dangerous operator gives: nobody knows how much of their precision counts. What is computed from them is no better,
-until an operator gives values in a range of their own, or the table brings them down as autocast would.
+dangerous operator gives: nobody knows how much of their precision counts. Nor does anybody know whether float16 holds
+the sums and products that autocast has in float32. What is computed from them is no better, until an operator gives
+values in a range of their own, or the table brings them down as autocast would.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import fx, nn
 from fxamp.plan.calls import Call, argument_nodes
 from fxamp.plan.decision import Decision
 from fxamp.plan.flow import UNKNOWN, Flow, tensors_in
-from fxamp.policy.fast import BOUNDED, fast_kinds, fits, tensor_fits
+from fxamp.policy.fast import BOUNDED, NO_LARGER, fast_kinds, fits, tensor_fits
 
 __all__ = ["Precise"]
 
@@ -26,6 +27,7 @@ _PLAIN: Final = frozenset(
     "eye bernoulli".split()
 )
 _LOOKUPS: Final = frozenset({"embedding", "embedding_bag"})
+_WIDE: Final = 1e38
 # Their numbers are epsilons and the like, for which the kernel has float32.
 _INSIDE: Final = "inside"
 
@@ -74,8 +76,16 @@ class Precise:
         tensors = [value for flow in decision.inputs for value in tensors_in(flow)]
         if not tensors:
             return call.aten not in _PLAIN
+        if all(value.dtype != torch.float32 for value in tensors_in(decision.output)):
+            return False  # as autocast has it
         indexes = self._all_kinds.get(call.aten) == "moves" or call.aten == "getitem"
-        return not indexes and any(_is_integer(value.dtype) for value in tensors)
+        integers = not indexes and any(_is_integer(value.dtype) for value in tensors)
+        return integers or self._may_outgrow(call.aten, kind)
+
+    def _may_outgrow(self, aten: str, kind: str | None) -> bool:
+        """Whether an operator may give more than it is given, and the low dtype holds less than float32."""
+        narrow = torch.finfo(self._dtype).max < _WIDE
+        return narrow and kind in ("inside", "pointwise") and aten not in NO_LARGER
 
     def _comes_from_outside(self, node: fx.Node) -> bool:
         if node.op != "get_attr":

@@ -75,7 +75,8 @@ class Policy:
         Operators that compute in float32 inside keep low inputs, a value is cast once for all its uses, and what could
         run in either dtype runs where the fewest bytes move. With example inputs, and on the device that the policy is
         for, operators are measured in both dtypes (once; ``FXAMP_CACHE_DIR`` says where that is kept), and run in
-        float32 where that takes less time. Dangerous operators (exp, log, norms, losses) run in float32.
+        float32 where that takes less time. Dangerous operators (exp, log, sum, losses) run in float32, and what comes
+        from outside, or may be too large for float16 where autocast has float32, stays in it.
         """
         return Policy("fast", device_type, dtype)
 
