@@ -389,7 +389,7 @@ def assert_close(found: Any, expected: Any, seed: int) -> None:
         if isinstance(theirs, Tensor) and theirs.is_floating_point():
             assert ours.shape == theirs.shape
             a, b = (torch.nan_to_num(t.detach().double(), posinf=0, neginf=0) for t in (ours, theirs))
-            assert (a - b).norm() <= 0.1 * b.norm() + 0.1, f"seed {seed}: {(a - b).norm()} off, of {b.norm()}"
+            assert (a - b).norm() <= 0.05 * b.norm() + 0.02, f"seed {seed}: {(a - b).norm()} off, of {b.norm()}"
 
 
 def keeps_the_laws(amp: fxamp.AmpModule, seed: int) -> None:
@@ -409,6 +409,7 @@ POLICIES = ["autocast", "fast", "full"]
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("start", range(0, SEEDS, 20))
-def test_random_programs_are_bitwise_eager(policy: str, start: int) -> None:
+def test_random_programs_are_eager_ones(policy: str, start: int) -> None:
+    """Bit by bit, but for "fast"."""
     for seed in range(start, start + 20):
         check(seed, policy)
