@@ -118,7 +118,7 @@ def _plan(program: Program, traced: Traced, policy: Policy, mode: str, examples:
     elif examples is not None:
         observer = FakeObserver(program.attribute, traced.graph, examples, policy.device_type or "cpu")
     arguments = traced.graph, program.attribute, policy, rulings
-    probe = _probe(program, policy)
+    probe = _probe(program, policy) if isinstance(observer, FakeObserver) else None
     if probe is not None and isinstance(observer, FakeObserver):
         costs = Measured(probe, traced.graph, observer, program.attribute, policy, training=mode != "eval")
         plan = make_plan(*arguments, mode=mode, observer=observer, costs=costs).timed(costs.seconds)

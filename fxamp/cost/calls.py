@@ -15,9 +15,10 @@ from torch.utils.flop_counter import flop_registry
 from fxamp.cost.spec import Spec
 from fxamp.cost.surroundings import settings
 
-__all__ = ["Call"]
+__all__ = ["ATOMS", "Call"]
 
-_ATOMS: Final = (
+# Constants among arguments that are told apart by their text.
+ATOMS: Final = (
     type(None),
     type(...),
     bool,
@@ -121,7 +122,7 @@ def _text(value: Any) -> str:
         return f"({' '.join(_text(item) for item in value)})"
     if isinstance(value, slice):
         return f"{_text(value.start)}:{_text(value.stop)}:{_text(value.step)}"
-    if isinstance(value, _ATOMS):
+    if isinstance(value, ATOMS):
         return repr(value)
     raise _NotWritten
 

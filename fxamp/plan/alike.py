@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxamp.cost.calls import ATOMS
 from fxamp.plan.calls import Call, read_call
 from fxamp.plan.decision import Decision
 from fxamp.plan.results import is_pointwise
@@ -22,18 +23,6 @@ from fxamp.plan.results import is_pointwise
 __all__ = ["Unlike", "call_key", "keeps_shapes", "tensor_key"]
 
 _CALLS: Final = ("call_function", "call_method", "call_module")
-_ATOMS: Final = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
 
 
 class Unlike(Exception):
@@ -102,7 +91,7 @@ def _key(value: Any, values: Mapping[fx.Node, Any]) -> Hashable:
         return kind, tuple([(key, _key(item, values)) for key, item in value.items()])
     if kind is slice:
         return kind, _key((value.start, value.stop, value.step), values)
-    if kind not in _ATOMS:
+    if kind not in ATOMS:
         raise Unlike
     return kind, value
 

@@ -8,7 +8,7 @@ decided, and is given what it was given. A minimum cut finds what costs least; t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import fx
@@ -22,10 +22,11 @@ from fxamp.plan.decision import Decision
 from fxamp.plan.flow import Flow, Value
 from fxamp.plan.freedom import Freedom, Step
 from fxamp.plan.precise import Precise
+from fxamp.plan.protocols import Costs
 from fxamp.policy.fast import MOST_ROWS, adds_up_rows, fast_kinds
 from fxamp.policy.flow import output_kind
 
-__all__ = ["Costs", "Moved", "Placed", "place"]
+__all__ = ["Moved", "Placed", "place"]
 
 
 class Placed(NamedTuple):
@@ -34,19 +35,6 @@ class Placed(NamedTuple):
     wants: tuple[torch.dtype | None, ...]
     rule: str
     reason: str
-
-
-class Costs(Protocol):
-    """What things cost, in whole numbers of one unit."""
-
-    def cast(self, size: int, *, weight: bool) -> int:
-        """A cast of so many elements; those of weights are few calls for all."""
-
-    def moved(self, size: int, width: int) -> int:
-        """An operator that reads and writes so many elements of so many bytes each."""
-
-    def call(self, node: fx.Node, decision: Decision) -> tuple[int, int] | None:
-        """An operator of rule "lower" in float32 and in the low dtype, or None when it is not known."""
 
 
 class Moved:

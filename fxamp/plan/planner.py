@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import BuiltinFunctionType
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import fx, nn
@@ -25,32 +25,20 @@ from fxamp.plan.computing import castable, casts_to, computed_with, computes_in,
 from fxamp.plan.decision import Cast, Decision, PrecisionPlan
 from fxamp.plan.flow import NOT_A_TENSOR, UNKNOWN, Flow, Value, of_object, tensors_in
 from fxamp.plan.freedom import Step
-from fxamp.plan.placement import Costs, Moved, Placed, place
+from fxamp.plan.placement import Moved, Placed, place
+from fxamp.plan.protocols import Costs, Observer
 from fxamp.plan.results import result_of
 from fxamp.plan.rules import Rules, banned, unexpected
 from fxamp.plan.sharing import Sharing
 from fxamp.policy import Policy, Ruling
 from fxamp.policy.operators import FORWARDS_TO
 
-__all__ = ["Observer", "make_plan"]
+__all__ = ["make_plan"]
 
 # What an operator gives that autocast decides about inside: the loss comes out of nll_loss, in float32.
 _AUTOCAST_GIVES: Final = {"cross_entropy_loss": torch.float32}
 # ``n / x`` of a number and a tensor is ``x.reciprocal() * n``.
 _REFLECTED: Final[Mapping[Any, str]] = {operator.truediv: "reciprocal", operator.sub: "rsub"}
-
-
-class Observer(Protocol):
-    """Runs a planned call on fake tensors, so that dtypes are known and not derived."""
-
-    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
-        """The shape of a node's value, when it is one tensor and known."""
-
-    def flow(self, node: fx.Node, decision: Decision) -> Flow | None:
-        """The flow of the node's value, or None when it could not be told."""
-
-    def forget(self, node: fx.Node) -> None:
-        """Tell nothing of the node's value."""
 
 
 def make_plan(
