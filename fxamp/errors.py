@@ -9,7 +9,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CaptureError", "FxampError", "PlanError", "PolicyError", "VerifyError", "describe", "nearest"]
+__all__ = [
+    "CaptureError",
+    "FxampError",
+    "GradientError",
+    "PlanError",
+    "PolicyError",
+    "VerifyError",
+    "describe",
+    "nearest",
+]
 
 
 class FxampError(Exception):
@@ -38,6 +47,10 @@ class CaptureError(FxampError):
 
 class PolicyError(FxampError, ValueError):
     """A policy, a rule, an operator, a module pattern or a dtype is not one that exists."""
+
+
+class GradientError(FxampError, ValueError):
+    """The gradients of an optimizer are not ones that a scaler can unscale."""
 
 
 class PlanError(FxampError):

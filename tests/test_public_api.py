@@ -52,7 +52,19 @@ def test_the_public_names() -> None:
 
 
 def test_nothing_else_looks_public() -> None:
-    parts = {"capture", "compiling", "cost", "dtypes", "errors", "insight", "plan", "policy", "rewrite", "runtime"}
+    parts = {
+        "capture",
+        "compiling",
+        "cost",
+        "dtypes",
+        "errors",
+        "insight",
+        "plan",
+        "policy",
+        "rewrite",
+        "runtime",
+        "scaling",
+    }
     found = {name for name in vars(fxamp) if not name.startswith("_")} - {"registered"}  # torch.compile imports it
     assert found == {*fxamp.__all__} | parts
 
@@ -182,8 +194,8 @@ def test_the_errors_named(name: str, errors: list[str]) -> None:
 
 # Each part may import itself and the parts before it.
 ORDER = (
-    "errors", "dtypes", "cost", "policy", "capture", "plan", "runtime", "rewrite", "insight", "convert", "compiling",
-    "backend", "registered", "__init__",
+    "errors", "dtypes", "cost", "policy", "capture", "plan", "scaling", "runtime", "rewrite", "insight", "convert",
+    "compiling", "backend", "registered", "__init__",
 )  # fmt: skip
 
 

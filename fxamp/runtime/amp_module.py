@@ -26,9 +26,10 @@ from fxamp.runtime.checkpoints import CheckpointedModule
 from fxamp.runtime.checks import check_loss, other_mode
 from fxamp.runtime.conversion import Conversion
 from fxamp.runtime.inspection import Inspection
-from fxamp.runtime.scaler import GradScaler
 from fxamp.runtime.variant import Variant
 from fxamp.runtime.weights import HELD, Held, leaf_cast
+from fxamp.scaling import GradScaler
+from fxamp.scaling.trail import Trail, draws_numbers
 
 __all__ = ["AmpModule", "inspect"]
 
@@ -49,7 +50,7 @@ class AmpModule(CheckpointedModule):
         self._adopt(conversion.program)
         self._own_checkpoints()
         self._activate()
-        conversion.scaler._bind(self)
+        self.__dict__["_trail"] = Trail(self)
         _ = conversion.positional  # kept from now on: torch.compile could not find it out
 
     # -- running -----------------------------------------------------------------------------------
@@ -78,7 +79,10 @@ class AmpModule(CheckpointedModule):
         for module, training in variant.mode_flags:
             if module.training is not training:
                 raise other_mode(self, module, training)
-        result = self._run(variant, values)
+        if conversion.scaler._enabled and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            result = self._trail.run(self, variant, values)
+        else:
+            result = self._run(variant, values)
         if conversion.program.has_loss:
             check_loss(result[0])
         return result
@@ -154,6 +158,7 @@ class AmpModule(CheckpointedModule):
     def _finish(self, variant: Variant) -> None:
         targets = {node.target for node in variant.graph.nodes if node.op == "call_function"}
         variant.ambient = any(isinstance(target, AmbientCall) for target in targets)
+        variant.draws = draws_numbers(variant.plan)
         variant.guarded = not _GUARDED.isdisjoint(targets)
         placeholders = [node for node in variant.traced.graph.nodes if node.op == "placeholder"]
         variant.asked = tuple(i for i, node in enumerate(placeholders) if node.meta.get("asked"))
@@ -195,7 +200,6 @@ class AmpModule(CheckpointedModule):
     def _follow_tensors(self) -> None:
         if self._conversion.follow_tensors():
             self._activate()
-            self._conversion.scaler._bind(self)
 
     def _regain_footing(self, variant: Variant) -> None:
         """Makes the graphs anew for modules or tensors that changed without being told of."""
@@ -204,7 +208,6 @@ class AmpModule(CheckpointedModule):
             conversion.follow_modules()
             self._note_values()
         self._activate()
-        conversion.scaler._bind(self)
 
     def _remade(self, conversion: Conversion) -> AmpModule:
         """A module of another conversion."""
@@ -226,9 +229,10 @@ class AmpModule(CheckpointedModule):
         """A copy in a clone of the model that this is a part of; its mode and its modules are its own."""
         new: AmpModule = object.__new__(type(self))
         memo[id(self)] = new
-        own = {**self.__dict__, "_conversion": None}
+        own = {**self.__dict__, "_conversion": None, "_trail": None}
         new.__dict__.update({name: clone(value, memo) for name, value in own.items()})
         new.__dict__["_conversion"] = self._conversion.cloned(functools.partial(clone, memo=memo))
+        new.__dict__["_trail"] = Trail(new)
         new._note_values()
         return new
 
@@ -261,7 +265,6 @@ class AmpModule(CheckpointedModule):
 
     @scaler.setter
     def scaler(self, scaler: GradScaler) -> None:
-        scaler._bind(self)
         self._conversion.scaler = scaler
 
     def report(self, measure: tuple[Any, ...] | None = None) -> Any:

@@ -24,8 +24,8 @@ from fxamp.plan.rules import check_overridable
 from fxamp.policy import Policy
 from fxamp.runtime.asked import Asked, Stages, ambient_of, base_layout, dtypes_of, mode_of
 from fxamp.runtime.checks import changed_after_freezing, not_before_freezing, not_while_compiling, too_many
-from fxamp.runtime.scaler import GradScaler
 from fxamp.runtime.variant import Variant
+from fxamp.scaling import GradScaler
 
 __all__ = ["Conversion"]
 

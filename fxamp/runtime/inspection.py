@@ -12,8 +12,8 @@ from torch import fx
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
 from fxamp.runtime.frozen import check_thawed, frozen, own_tensors
-from fxamp.runtime.scaler import GradScaler
 from fxamp.runtime.timing import seconds_of_calls
+from fxamp.scaling import GradScaler
 
 if TYPE_CHECKING:
     from fxamp.runtime.amp_module import AmpModule

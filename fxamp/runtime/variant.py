@@ -31,6 +31,7 @@ class Variant:
     code: str = ""
     ambient: bool = False
     guarded: bool = False
+    draws: bool = False  # from a random generator, perhaps
     mode_flags: tuple[tuple[nn.Module, bool], ...] = ()
     asked: tuple[int, ...] = ()  # placeholders whose type the model asked for
     tensors: tuple[tuple[Callable[[], Any], str, Any], ...] = ()  # what the model asked of its own, and the answers

@@ -1,0 +1,182 @@
+"""What is there to say about a step that was skipped?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+import torch
+from torch import fx
+
+from fxamp.dtypes import LOW_DTYPES, abbreviate
+from fxamp.plan import Decision
+from fxamp.scaling.gradients import is_finite, named_parameters
+from fxamp.scaling.search import Origin, origin_of
+from fxamp.scaling.trail import Trail, trails
+
+__all__ = ["Overflow", "explain"]
+
+_SHOWN_PARAMETERS: Final = 8
+_ELSEWHERE: Final = (
+    "run again on this rank, all of it is finite: it came from another rank, from a hook, or from code between "
+    "backward and step"
+)
+_NOTHING: Final = "the gradients of this rank are finite: another rank's were not"
+_CLEARED: Final = "non-finite gradients, cleared since: call overflow() between step() and zero_grad()"
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """What is known about a step that was skipped; ``print`` it.
+
+    Args:
+        parameters: the parameters whose gradient is not finite now, by name where a name is known.
+        phase: where the first value appeared that is not finite: in the "forward" or in the "backward" pass; "" when
+            that is not known, and then what follows is not known either.
+        node: of the converted graph, as in ``amp.report()``.
+        op: its call.
+        module: where it is made, by its path in the model.
+        source: file and line.
+        value: "inf" or "nan".
+        dtype: of that value.
+        largest: the largest finite magnitude among what it was made from.
+        overrides: what to give to ``policy.with_modules``, or to ``policy.with_ops`` where the call is in no submodule,
+            so that it is made in float32; empty when that would not help, or nothing is known.
+        note: the rest, in words.
+
+    Example::
+
+        >>> print(Overflow(("encoder.weight", "head.bias")))
+        non-finite gradients in 2 parameters: encoder.weight, head.bias
+    """
+
+    parameters: tuple[str, ...] = ()
+    phase: str = ""
+    node: str = ""
+    op: str = ""
+    module: str = ""
+    source: str = ""
+    value: str = ""
+    dtype: torch.dtype | None = None
+    largest: float | None = None
+    overrides: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    note: str = ""
+
+    def __str__(self) -> str:
+        return "\n".join(line for line in (self._where(), self.note, self._override(), self._gradients()) if line)
+
+    def _where(self) -> str:
+        if not self.phase:
+            return ""
+        of = f", in {self.module}" if self.module else ""
+        at = f", {self.source}" if self.source else ""
+        dtype = f" in {abbreviate(self.dtype)}" if self.dtype is not None else ""
+        value = f"{self.value}{dtype}" if self.value else "a gradient"
+        title = "first non-finite value" if self.value else "the last call whose parameters it reached"
+        return f"{title}: {value} in the {self.phase} pass of '{self.node}' ({self.op}{of}{at})"
+
+    def _override(self) -> str:
+        if not self.overrides:
+            return ""
+        method = "with_modules" if self.module else "with_ops"
+        return f"to compute it in float32: amp.replan(amp.policy.{method}({dict(self.overrides)}))"
+
+    def _gradients(self) -> str:
+        if not self.parameters:
+            return "" if self.note or self.phase else _CLEARED
+        shown, hidden = self.parameters[:_SHOWN_PARAMETERS], self.parameters[_SHOWN_PARAMETERS:]
+        count = f"{len(self.parameters)} parameter{'s' if len(self.parameters) > 1 else ''}"
+        more = f" and {len(hidden)} more" if hidden else ""
+        return f"non-finite gradients in {count}: {', '.join(shown)}{more}"
+
+
+def explain(optimizer: torch.optim.Optimizer | None) -> Overflow:
+    """What can be said of the last step of an optimizer, that was skipped."""
+    if optimizer is None:
+        return Overflow()
+    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    known = [trail for trail in trails() if not owned.isdisjoint(map(id, trail.module.parameters()))]
+    named = list(named_parameters(optimizer, [trail.module for trail in known]))
+    bad = [(name, p) for name, p in named if p.grad is not None and not is_finite(p.grad)]
+    parameters = tuple(name for name, _ in bad)
+    failed = ""
+    for trail in known:
+        for call in trail.calls:
+            try:
+                origin = origin_of(trail.module, call)
+            except Exception as error:  # of the model's own code, or of tensors that are elsewhere by now
+                failed = f"the call could not be run again: {type(error).__name__}: {error}".partition("\n")[0]
+                continue
+            if origin is not None:
+                return _told(origin, call.variant, parameters, call.was_written_to())
+    if not bad and any(p.grad is not None for _, p in named):
+        return Overflow(note=failed or _NOTHING)
+    ids = {id(parameter) for _, parameter in bad}
+    for trail in known:
+        for decision in _users(trail, ids):
+            d = decision
+            return Overflow(parameters, "backward", d.name, d.op, d.module, d.source, note=failed or _ELSEWHERE)
+    return Overflow(parameters, note=failed)
+
+
+def _told(origin: Origin, variant: Any, parameters: tuple[str, ...], written: bool) -> Overflow:
+    node = origin.node
+    decision = variant.plan[node.meta.get("for", node.name)]
+    low = origin.dtype in LOW_DTYPES and origin.fits is not False
+    place = decision.module or (f"aten::{decision.aten}" if decision.aten else "")
+    proposes = low and place and origin.how in ("made", "summed") and decision.rule != "fp32"
+    note = _note(origin, decision)
+    return Overflow(
+        parameters,
+        phase=origin.phase,
+        node=decision.name,
+        op=decision.op,
+        module=decision.module,
+        source=decision.source,
+        value="nan" if origin.nan else "inf",
+        dtype=origin.dtype,
+        largest=origin.largest,
+        overrides=MappingProxyType({place: "fp32"} if proposes else {}),
+        note=f"{note}\nan input was written to since the call, so this may be another value" if written else note,
+    )
+
+
+def _note(origin: Origin, decision: Decision) -> str:
+    ends = ""
+    if origin.dtype is not None and origin.dtype.is_floating_point:
+        ends = f"; {abbreviate(origin.dtype)} ends at {torch.finfo(origin.dtype).max:g}"
+    before = f"finite before it: up to {origin.largest:g}{ends}"
+    if origin.how == "given":
+        of = {"placeholder": "an input of the model", "get_attr": f"'{origin.node.target}' of the model"}
+        what = of.get(origin.node.op, "the gradient of the output")
+        return f"{what} is not finite when it comes in: look at what makes it"
+    if origin.how == "hooked":
+        return "every call's gradients are finite: a hook on a parameter made it"
+    if origin.how == "summed":
+        return f"{before}; the gradients of several uses add up to it, or a hook made it"
+    if "cast" in origin.node.meta:
+        return f"its input does not fit when it is cast; {before}"
+    if origin.fits is False:
+        return f"{before}\nin float32 it is not finite either: look at what the call computes"
+    return before
+
+
+def _users(trail: Trail, parameters: set[int]) -> Iterator[Decision]:
+    """The decisions of calls that use these parameters, the last of the graph first."""
+    for call in trail.calls[-1:]:
+        nodes: dict[fx.Node, None] = {}
+        graph, root = call.variant.traced.graph, trail.module._root
+        for node in graph.nodes:
+            if node.op == "get_attr" and id(_attribute(root, str(node.target))) in parameters:
+                nodes.update(dict.fromkeys(node.users))
+        for node in reversed(graph.nodes):
+            if node in nodes:
+                yield call.variant.plan[node.name]
+
+
+def _attribute(root: Any, path: str) -> Any:
+    for name in path.split("."):
+        root = getattr(root, name, None)
+    return root

@@ -1,0 +1,265 @@
+"""Which call of a graph made the first value that is not finite, in the forward or in the backward pass?
+
+The graph is run again by an interpreter that looks at every value and every gradient. An infinity that the model means,
+as in ``masked_fill(mask, -inf)`` or a mask in a buffer, is no overflow, and neither is one that leaves no trace.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxamp.dtypes import LOW_DTYPES
+from fxamp.scaling.trail import Call, tensors_of
+
+__all__ = ["Origin", "kept_buffers", "origin_of"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the first value that is not finite appeared.
+
+    Attributes:
+        phase: "forward" or "backward".
+        node: of the graph.
+        how: "made" from finite values, "given" as an input, a parameter or a gradient from outside, or "summed": the
+            gradients of several uses of the node's value, or what a hook made of one.
+        nan: whether it is a NaN.
+        largest: the largest finite magnitude among what it was made from.
+        dtype: of the tensor it is in.
+        fits: whether the call gives finite values in float32; None when that is not known.
+    """
+
+    phase: str
+    node: fx.Node
+    how: str
+    nan: bool
+    largest: float
+    dtype: torch.dtype | None
+    fits: bool | None = None
+
+
+@dataclass(frozen=True)
+class _Sight:
+    """The numbers of a value: whether there is a NaN, an infinity, a positive one; the largest finite magnitude.
+
+    The dtype is that of the first tensor in which not all are finite.
+    """
+
+    nan: bool = False
+    inf: bool = False
+    plus: bool = False
+    largest: float = 0.0
+    dtype: torch.dtype | None = None
+
+    @property
+    def finite(self) -> bool:
+        return not (self.nan or self.inf)
+
+
+def origin_of(module: Any, call: Call) -> Origin | None:
+    """The origin of what is not finite in a call of a converted module or its gradients; None: all of it is finite."""
+    root = module._root
+    watched = _Watched(root, call.variant.graph)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), kept_buffers(root), torch.enable_grad():
+        call.restore_random_state()
+        values = [_cut_off(value) for value in call.values]
+        variant = replace(call.variant, function=lambda _, *values: watched.run(*values))
+        outputs = tensors_of(module._run(variant, values))
+        leaves = [
+            leaf for leaf in (*values, *root.parameters()) if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+        ]
+        return watched.forward_origin(outputs) or watched.backward_origin(outputs, call.passes, leaves)
+
+
+@contextmanager
+def kept_buffers(root: nn.Module) -> Iterator[None]:
+    """A context that what is written to buffers does not outlast."""
+    buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+class _Watched(fx.Interpreter):
+    """Runs a graph and notes what is seen of every value."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(root, graph=graph)
+        self._sights: dict[fx.Node, _Sight] = {}
+        self._fits: dict[fx.Node, bool | None] = {}
+        self._owners: dict[Any, fx.Node] = {}  # of the nodes of autograd
+        self._output: fx.Node | None = None
+        self._found: Origin | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        tensors = tensors_of(result)
+        self._sights[n] = _look(tensors)
+        self._claim(n, tensors)
+        if n.op == "output":
+            self._output = n
+        elif self._is_origin(n):
+            self._fits[n] = self._fits_float32(n)
+        return result
+
+    # -- forward -----------------------------------------------------------------------------------
+
+    def forward_origin(self, outputs: list[torch.Tensor]) -> Origin | None:
+        """Where an output that gradients come from stopped to be finite."""
+        assert self._output is not None
+        ends = [n for n in self._output.all_input_nodes if not self._sights[n].finite]
+        if all(bool(torch.isfinite(output).all()) for output in outputs if output.requires_grad):
+            return None
+        return self._trace_back(ends)
+
+    def _trace_back(self, ends: Iterable[fx.Node]) -> Origin | None:
+        """The first of all calls that the values of these nodes come from and that made something not finite."""
+        waiting, seen = list(ends), set()
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                waiting += [source for source in _inputs(node) if not self._sights[source].finite]
+        for node in self._sights:
+            if node in seen and self._is_origin(node):
+                sight = self._sights[node]
+                how = "given" if node.op in ("placeholder", "get_attr") else "made"
+                largest = max((self._sights[source].largest for source in _inputs(node)), default=sight.largest)
+                return Origin("forward", node, how, sight.nan, largest, sight.dtype, self._fits.get(node))
+        return None
+
+    def _is_origin(self, node: fx.Node) -> bool:
+        """Whether something of its value is not finite that neither its inputs have nor the model means."""
+        sight, sources = self._sights[node], [self._sights[source] for source in _inputs(node)]
+        if sight.finite:
+            return False
+        if any(source.nan for source in sources):
+            return False
+        meant = _means_infinity(node) or (node.op == "get_attr" and self._is_buffer(node))
+        meant = meant or (node.op == "placeholder" and not sight.plus)  # the mask of an attention
+        return sight.nan if meant or any(source.inf for source in sources) else True
+
+    def _is_buffer(self, node: fx.Node) -> bool:
+        return not isinstance(self.fetch_attr(str(node.target)), nn.Parameter)
+
+    def _fits_float32(self, node: fx.Node) -> bool | None:
+        """Whether the call gives finite values when its inputs come in float32."""
+        if node.op not in ("call_function", "call_method"):
+            return None
+        if "cast" in node.meta:
+            return True
+        with suppress(Exception), torch.random.fork_rng(), torch.no_grad():
+            args, kwargs = fx.node.map_aggregate(self.fetch_args_kwargs_from_env(node), _in_float32)
+            return _look(tensors_of(getattr(self, node.op)(node.target, args, kwargs))).finite
+        return None
+
+    # -- backward ----------------------------------------------------------------------------------
+
+    def backward_origin(
+        self, outputs: list[torch.Tensor], passes: list[dict[int, torch.Tensor]], leaves: list[torch.Tensor]
+    ) -> Origin | None:
+        """Where a gradient stopped to be finite, with these gradients of the outputs."""
+        assert self._output is not None
+        handles = [node.register_hook(functools.partial(self._passed, node)) for node in self._owners]
+        try:
+            for seeds in passes:
+                sight = _look(seeds.values())
+                if not sight.finite:
+                    return Origin("backward", self._output, "given", sight.nan, sight.largest, sight.dtype)
+                ends = [outputs[i] for i in seeds]
+                found = torch.autograd.grad(ends, leaves, list(seeds.values()), retain_graph=True, allow_unused=True)
+                if self._found is None and not (sight := _look(g for g in found if g is not None)).finite:
+                    self._found = Origin("backward", self._output, "hooked", sight.nan, sight.largest, sight.dtype)
+                if self._found is not None:
+                    return self._found
+        finally:
+            for handle in handles:
+                handle.remove()
+        return None
+
+    def _claim(self, node: fx.Node, tensors: list[torch.Tensor]) -> None:
+        """Notes that the nodes of autograd which are new belong to a node of the graph."""
+        waiting = [tensor.grad_fn for tensor in tensors]
+        while waiting:
+            function = waiting.pop()
+            if function is not None and function not in self._owners:
+                self._owners[function] = node
+                waiting += [before for before, _ in function.next_functions]
+
+    def _passed(self, function: Any, made: tuple[Any, ...], given: tuple[Any, ...]) -> None:
+        if self._found is not None:
+            return
+        before, after = (_look(g for g in gradients if isinstance(g, torch.Tensor)) for gradients in (given, made))
+        if before.finite and after.finite:
+            return
+        node = self._owners[function]
+        if before.finite:
+            # Of a value that was infinite on the way and left no trace in the outputs, as of 1 / exp(100).
+            ends = [source for source in (node, *_inputs(node)) if not self._sights[source].finite]
+            found = self._trace_back(ends)
+            self._found = found or Origin("backward", node, "made", after.nan, before.largest, after.dtype)
+        else:
+            self._found = Origin("backward", node, "summed", before.nan, before.largest, before.dtype)
+
+
+def _look(tensors: Iterable[torch.Tensor]) -> _Sight:
+    sights = [_look_at(tensor.detach()) for tensor in tensors]
+    return _Sight(
+        any(sight.nan for sight in sights),
+        any(sight.inf for sight in sights),
+        any(sight.plus for sight in sights),
+        max((sight.largest for sight in sights), default=0.0),
+        next((sight.dtype for sight in sights if not sight.finite), None),
+    )
+
+
+def _look_at(tensor: torch.Tensor) -> _Sight:
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0 or tensor.is_quantized:
+        return _Sight()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.coalesce().values() if tensor.is_sparse else tensor.to_dense()
+    size = tensor.abs()
+    finite = torch.isfinite(size)
+    largest = torch.where(finite, size, 0).amax().double()
+    plus = size if tensor.is_complex() else tensor
+    flags = [torch.isnan(size).any(), torch.isinf(size).any(), torch.isposinf(plus).any()]
+    nan, inf, positive, most = torch.stack([*(flag.double() for flag in flags), largest]).tolist()
+    return _Sight(bool(nan), bool(inf), bool(positive), most, tensor.dtype)
+
+
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values it computes with; of a cast of one weight among several, that weight."""
+    if "cast" in node.meta and node.target is operator.getitem:
+        together, index = node.args
+        return [together.all_input_nodes[index]]  # type: ignore[union-attr, index]
+    return node.all_input_nodes
+
+
+def _means_infinity(node: fx.Node) -> bool:
+    given: list[Any] = []
+    fx.node.map_aggregate((node.args, dict(node.kwargs)), given.append)
+    return any(isinstance(value, float) and math.isinf(value) for value in given)
+
+
+def _in_float32(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().float() if value.dtype in LOW_DTYPES else value.detach()
+    return torch.float32 if isinstance(value, torch.dtype) and value in LOW_DTYPES else value
+
+
+def _cut_off(value: Any) -> Any:
+    """An input without the history that it has outside."""
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
