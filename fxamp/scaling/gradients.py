@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxamp.errors import GradientError
+from fxamp.errors import FxampError, GradientError
 from fxamp.scaling.trail import trails
 
 __all__ = ["Gradients", "clip_gradients", "is_finite", "named_parameters"]
@@ -53,7 +53,8 @@ class Gradients:
 
     def _numbers(self, parameter: torch.Tensor) -> torch.Tensor:
         gradient: Any = parameter.grad
-        if gradient.dtype is torch.float16 and self.float16 is None:
+        # FullyShardedDataParallel keeps float16 gradients where it is asked to, of parameters that are float32 beside.
+        if gradient.dtype is torch.float16 and self.float16 is None and not _is_flattened(parameter):
             self.float16 = parameter
         if hasattr(gradient, "device_mesh"):  # a DTensor
             groups: Iterable[Any] = gradient.device_mesh.get_all_groups()
@@ -123,7 +124,22 @@ def is_finite(gradient: Any) -> bool:
 
 
 def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> None:
-    """Scales the gradients down where their norm is larger, with None not at all."""
-    if max_norm is not None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, max_norm)
+    """Scales the gradients down where their norm is larger, with None not at all.
+
+    Raises:
+        FxampError: when each rank has a part of the gradients that the others do not know of.
+    """
+    if max_norm is None:
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(map(_is_flattened, parameters)):
+        raise FxampError(
+            f"clip_norm={max_norm} is for the norm of all gradients: FullyShardedDataParallel gives each rank a part",
+            hint="scaler.unscale_(optimizer), then clip_grad_norm_ of that module, then scaler.step(optimizer)",
+        )
+    nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def _is_flattened(parameter: torch.Tensor) -> bool:
+    """Whether it belongs to ``torch.distributed.fsdp.FullyShardedDataParallel``."""
+    return getattr(parameter, "_fsdp_flattened", False)

@@ -1,16 +1,26 @@
-"""Did any rank find a gradient that is not finite? All ranks of a group get the same answer."""
+"""Did any rank find a gradient that is not finite? All ranks of a group get one answer, and have one scale."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import distributed
+from torch.distributed.algorithms.join import Joinable, JoinHook
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Group", "agree", "group_of", "spans_the_world"]
+from fxamp.errors import FxampError
+
+__all__ = ["Group", "Joining", "agree", "group_of", "has_uneven_inputs", "spans_the_world"]
 
 Group = Any  # a torch.distributed.ProcessGroup; builds without torch.distributed have no such name
+
+_WRAPPERS: Final[weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[DistributedDataParallel]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def group_of(given: Group | Literal[False] | None) -> Group | None:
@@ -18,7 +28,8 @@ def group_of(given: Group | Literal[False] | None) -> Group | None:
     if given is False or not distributed.is_available() or not distributed.is_initialized():
         return None
     group = given if given is not None else distributed.group.WORLD
-    return group if group is not None and group.size() > 1 else None
+    # A rank that is not in the group it made has a number for it.
+    return None if group is None or isinstance(group, int) or group.size() == 1 else group
 
 
 def spans_the_world(group: Group | None) -> bool:
@@ -32,7 +43,7 @@ def agree(flags: dict[torch.device, torch.Tensor], groups: Iterable[Group]) -> N
     Nothing waits for the device where the backend does not, as NCCL does not.
 
     Args:
-        flags: 0-dim or one element each, at least one.
+        flags: 0 or 1, one element each, at least one.
         groups: process groups; all their ranks come here at the same step.
     """
     first, *others = flags.values()
@@ -45,6 +56,70 @@ def agree(flags: dict[torch.device, torch.Tensor], groups: Iterable[Group]) -> N
         for flag in (first, *others):
             if flag is not common:
                 flag.copy_(common)
+
+
+def has_uneven_inputs(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a ``DistributedDataParallel`` with these parameters is, or was, in a ``Join`` context.
+
+    A rank that is out of inputs there takes part in the reductions of gradients, and in no other collective. These tell
+    all ranks of what is not finite, too.
+    """
+    if optimizer not in _WRAPPERS:  # nothing leads from a parameter to its wrapper, so they are looked for, once
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        kind = DistributedDataParallel
+        found = [value for value in gc.get_objects() if issubclass(type(value), kind)]
+        wrappers = (module for module in found if not owned.isdisjoint(map(id, module.parameters())))
+        _WRAPPERS[optimizer] = weakref.WeakSet(wrappers)
+    return any(module._join_config.enable for module in _WRAPPERS[optimizer])
+
+
+class Joining(Joinable):
+    """What lets a scaler be in ``with Join([ddp, scaler]):``, after which all ranks have the scale of the last one."""
+
+    process_group: Group | Literal[False] | None = None
+    _device: str
+    _scale: torch.Tensor | None
+    _growth_tracker: torch.Tensor | None
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """What a rank that is out of inputs does: nothing, until all are."""
+        return _SameScale(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where the scale is."""
+        return self._scale.device if self._scale is not None else torch.device(self._device)
+
+    @property
+    def join_process_group(self) -> Group:
+        """The group that the scaler agrees with.
+
+        Raises:
+            FxampError: when it decides on its own.
+        """
+        if self.process_group is False:
+            raise FxampError("a scaler with process_group=False joins no other rank", hint="leave process_group out")
+        return self.process_group if self.process_group is not None else distributed.group.WORLD
+
+
+class _SameScale(JoinHook):
+    def __init__(self, scaler: Any) -> None:
+        self._scaler = scaler
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        """Gives all ranks the scale of one that had the most inputs."""
+        scaler, group = self._scaler, self._scaler.join_process_group
+        if not scaler.is_enabled():
+            return
+        if scaler._scale is None:
+            scaler._lazy_init_scale_growth_tracker(scaler.join_device)
+        device = _device_for(group, scaler._scale.device)
+        last = torch.tensor(distributed.get_rank(group) if is_last_joiner else -1, device=device)
+        distributed.all_reduce(last, op=distributed.ReduceOp.MAX, group=group)
+        for state in (scaler._scale, scaler._growth_tracker):
+            sent = state.to(device)
+            distributed.broadcast(sent, group=group, group_src=int(last))
+            state.copy_(sent)
 
 
 def _device_for(group: Group, wanted: torch.device) -> torch.device:

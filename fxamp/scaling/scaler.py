@@ -8,12 +8,15 @@ errors and ``state_dict``. What it adds: ``backward``, bounds for the scale, agr
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
+from torch.distributed.algorithms.join import Joinable, _JoinConfig
 
 from fxamp.errors import FxampError
+from fxamp.scaling.advice import Advice, advise
 from fxamp.scaling.checks import check_loss, checked_bounds, checked_scale, widened
 from fxamp.scaling.gradients import clip_gradients
 from fxamp.scaling.overflow import Overflow, explain
@@ -24,6 +27,7 @@ from fxamp.scaling.trail import CLOCK
 
 __all__ = ["GradScaler"]
 
+_ALONE = _JoinConfig.construct_disabled_join_config()  # type: ignore[no-untyped-call]
 _CLOSURE = "Closure use is not currently supported if GradScaler is enabled."
 
 
@@ -58,7 +62,8 @@ class GradScaler(Stepping):
             fused optimizer on a GPU it takes up to three times as many, for nothing waits for the device.
         process_group: the ranks that skip a step together when one of them must. None: all of them, when
             ``torch.distributed`` is initialised at that time; False: this one decides on its own. All ranks of the
-            group have to step this scaler's optimizers at the same time.
+            group have to step this scaler's optimizers at the same time. With uneven inputs, in
+            ``with Join([ddp, scaler]):`` of ``torch.distributed.algorithms.join``, it is the gradients that tell.
 
     Raises:
         FxampError: when ``min_scale`` or ``max_scale`` is no bound for ``init_scale``, or ``max_skips`` is not
@@ -93,11 +98,42 @@ class GradScaler(Stepping):
         process_group: Group | Literal[False] | None = None,
     ) -> None:
         super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
+        Joinable.__init__(self)
         self._bounds = checked_bounds(min_scale, max_scale, init_scale)
         if max_skips is not None and max_skips < 1:
             raise FxampError(f"max_skips={max_skips}: expected a positive number", hint="None lets any number pass")
         self.process_group = process_group
         self._skips = Skips(max_skips)
+
+    @staticmethod
+    def advise(
+        amp: torch.nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any], torch.Tensor] | None = None
+    ) -> Advice:
+        """Measures what float16 would lose of the gradients at each scale, and says which scale to start with.
+
+        The graph is run in float32 on each batch, forward and backward. Parameters, their gradients, buffers and
+        random generators are afterwards as they were.
+
+        Args:
+            amp: a module that was converted to float16.
+            batches: a few; each is a tuple of inputs, or one input, of ``amp``.
+            loss: of ``amp`` and a batch, one number; None: the loss that ``amp`` returns first.
+
+        Returns:
+            Printed, a table of shares; ``advice.init_scale`` is for a ``GradScaler``.
+
+        Raises:
+            FxampError: when ``amp`` is something else, there is no batch, or no gradient in float16.
+
+        Example::
+
+            >>> import fxamp
+            >>> amp = fxamp.convert(torch.nn.Linear(1, 1), dtype=torch.float16, device_type="cpu")
+            >>> advice = GradScaler.advise(amp, [torch.ones(4, 1)], lambda amp, x: amp(x).float().sum() * 2**-20)
+            >>> advice.init_scale, advice.lost(1.0), advice.rounded(1.0), advice.lost(2.0**-10)
+            (16777216.0, 0.0, 1.0, 1.0)
+        """
+        return advise(amp, batches, loss)
 
     @property
     def min_scale(self) -> float:
@@ -244,5 +280,5 @@ class GradScaler(Stepping):
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to this process stays here: the copy has made no step yet.
-        own = {"_skips": Skips(self._skips.limit)}
-        return super().__getstate__() | own | ({} if self.process_group is False else {"process_group": None})
+        state = super().__getstate__() | {"_skips": Skips(self._skips.limit), "_join_config": _ALONE}
+        return state | ({} if self.process_group is False else {"process_group": None})

@@ -10,14 +10,14 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch.amp.grad_scaler import OptState
 
 from fxamp.errors import GradientError
 from fxamp.scaling.gradients import Gradients
-from fxamp.scaling.ranks import Group, agree, group_of, spans_the_world
+from fxamp.scaling.ranks import Joining, agree, group_of, has_uneven_inputs, spans_the_world
 
 __all__ = ["Stepping", "combined"]
 
@@ -25,10 +25,8 @@ _IDLE: Final = "no parameter of this {} has a gradient: there is nothing to unsc
 _EXACT: Final = ("cpu", "mps")  # float32 division is rounded correctly; Metal has no float64
 
 
-class Stepping(torch.amp.GradScaler):
+class Stepping(torch.amp.GradScaler, Joining):
     """A ``torch.amp.GradScaler`` that unscales in one pass and decides with the ranks of ``process_group``."""
-
-    process_group: Group | Literal[False] | None = None
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients of an optimizer by the scale, and finds out on all ranks whether they are finite.
@@ -49,7 +47,7 @@ class Stepping(torch.amp.GradScaler):
         # Divided in float64 where kernels may be compiled to divide less exactly, as torch's scaler does it.
         inverse = scale.reciprocal() if scale.device.type in _EXACT else scale.double().reciprocal().float()
         state["found_inf_per_device"] = self._unscale_grads_(optimizer, inverse, torch.zeros_like(scale), False)
-        self._agree(state)
+        self._agree(optimizer, state)
         state["stage"] = OptState.UNSCALED
         if not state["found_inf_per_device"]:
             warnings.warn(_IDLE.format(type(optimizer).__name__), stacklevel=2)
@@ -112,12 +110,12 @@ class Stepping(torch.amp.GradScaler):
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         flags = super()._check_inf_per_device(optimizer)
-        self._agree(self._per_optimizer_states[id(optimizer)])
+        self._agree(optimizer, self._per_optimizer_states[id(optimizer)])
         return flags
 
-    def _agree(self, state: dict[str, Any]) -> None:
+    def _agree(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         group = group_of(self.process_group)
-        if group is not None:
+        if group is not None and not has_uneven_inputs(optimizer):
             flags = state["found_inf_per_device"]
             if not flags:  # the other ranks may have gradients
                 scale, _ = self._check_scale_growth_tracker("unscale_")
