@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.ranks import Ranks
+
 torch.set_num_threads(1)
 
 
@@ -25,6 +27,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FXAMP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """Two processes on gloo that the tests of a module share: ``ranks(function, *args)`` is a list of two results."""
+    with Ranks() as live:
+        yield live
 
 
 @pytest.fixture(autouse=True)
