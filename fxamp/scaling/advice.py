@@ -25,8 +25,8 @@ from fxamp.scaling.trail import tensors_of
 
 __all__ = ["Advice", "advise"]
 
-# A magnitude m = f * 2**e with f in [0.5, 1) is counted under e. Times 2**k it is less than half of the smallest float16
-# number, and becomes zero, up to e + k = -25; it has fewer bits up to e + k = -14; it is infinite from e + k = 17 on.
+# A magnitude f * 2**e with f in [0.5, 1) is counted under e. Times 2**k it is less than half of the smallest number
+# of float16, and becomes zero, up to e + k = -25; it has fewer bits up to e + k = -14; it is infinite from e + k = 17.
 _ZERO: Final = -25
 _SUBNORMAL: Final = -14
 _LARGEST: Final = 16
@@ -96,11 +96,8 @@ def advise(amp: Any, batches: Iterable[Any], loss: Callable[[Any, Any], torch.Te
     Raises:
         FxampError: when ``amp`` is no module converted to float16, there is no batch, or no gradient in float16.
     """
-    if (
-        not isinstance(amp, nn.Module)
-        or not hasattr(amp, "_conversion")
-        or amp._conversion.policy.dtype != torch.float16
-    ):
+    conversion: Any = getattr(amp, "_conversion", None)
+    if conversion is None or conversion.policy.dtype != torch.float16:
         raise FxampError(
             f"cannot advise on {type(amp).__name__}: expected a module that was converted to float16",
             hint="amp = fxamp.convert(model, loss=..., dtype=torch.float16)",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -23,6 +23,14 @@ _ELSEWHERE: Final = (
     "run again on this rank, all of it is finite: it came from another rank, from a hook, or from code between "
     "backward and step"
 )
+_HOOK: Final = "the gradients of all calls are finite: a hook on '{}' made it"
+_WRITTEN: Final = "\nan input was written to since the call, so this may be another value"
+_NOTES: Final = {  # by how the value came about
+    "given": "{what} is not finite when it comes in: look at what makes it",
+    "made": "{before}",
+    "cast": "{what} does not fit when it is cast; {before}",
+    "summed": "{before}; the gradients of several uses add up to it, or a hook made it",
+}
 _NOTHING: Final = "the gradients of this rank are finite: another rank's were not"
 _CLEARED: Final = "non-finite gradients, cleared since: call overflow() between step() and zero_grad()"
 
@@ -92,88 +100,95 @@ class Overflow:
         return f"non-finite gradients in {count}: {', '.join(shown)}{more}"
 
 
-def explain(optimizer: torch.optim.Optimizer | None) -> Overflow:
-    """What can be said of the last step of an optimizer, that was skipped."""
+def explain(optimizer: torch.optim.Optimizer | None, span: range) -> Overflow:
+    """What can be said of the last step of an optimizer, that was skipped, with gradients of these iterations."""
     if optimizer is None:
         return Overflow()
     owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     known = [trail for trail in trails() if not owned.isdisjoint(map(id, trail.module.parameters()))]
     named = list(named_parameters(optimizer, [trail.module for trail in known]))
-    bad = [(name, p) for name, p in named if p.grad is not None and not is_finite(p.grad)]
-    parameters = tuple(name for name, _ in bad)
+    bad = {name: p for name, p in named if p.grad is not None and not is_finite(p.grad)}
     failed = ""
     for trail in known:
-        for call in trail.calls:
+        for call in trail.calls_of(span):
             try:
                 origin = origin_of(trail.module, call)
             except Exception as error:  # of the model's own code, or of tensors that are elsewhere by now
                 failed = f"the call could not be run again: {type(error).__name__}: {error}".partition("\n")[0]
                 continue
             if origin is not None:
-                return _told(origin, call.variant, parameters, call.was_written_to())
-    if not bad and any(p.grad is not None for _, p in named):
-        return Overflow(note=failed or _NOTHING)
-    ids = {id(parameter) for _, parameter in bad}
-    for trail in known:
-        for decision in _users(trail, ids):
-            d = decision
-            return Overflow(parameters, "backward", d.name, d.op, d.module, d.source, note=failed or _ELSEWHERE)
-    return Overflow(parameters, note=failed)
+                found = _of_hook(origin, trail, span) if origin.how == "hooked" else _of_call(origin, call.variant)
+                return replace(found, parameters=tuple(bad), note=found.note + _WRITTEN * call.was_written_to())
+    if not bad:
+        return Overflow(note=failed or (_NOTHING if any(p.grad is not None for _, p in named) else ""))
+    found = _of_parameters(known, span, {id(parameter) for parameter in bad.values()})
+    return replace(found, parameters=tuple(bad), note=failed or (_ELSEWHERE if found.phase else ""))
 
 
-def _told(origin: Origin, variant: Any, parameters: tuple[str, ...], written: bool) -> Overflow:
-    node = origin.node
+def _of_call(origin: Origin, variant: Any) -> Overflow:
+    node, how = origin.node, origin.how
+    if origin.phase == "backward" and how == "cast":  # the gradient is cast to the dtype of what was cast
+        node = node.all_input_nodes[0]
     decision = variant.plan[node.meta.get("for", node.name)]
-    low = origin.dtype in LOW_DTYPES and origin.fits is not False
     place = decision.module or (f"aten::{decision.aten}" if decision.aten else "")
-    proposes = low and place and origin.how in ("made", "summed") and decision.rule != "fp32"
-    note = _note(origin, decision)
+    low = origin.dtype in LOW_DTYPES and how in ("made", "cast", "summed")
+    proposes = low and origin.fits is not False and place and decision.rule != "fp32"
+    note = _NOTES[how].format(before=_before(origin), what=_what(origin))
+    if origin.fits is False:
+        note += "\nin float32 it is not finite either: look at what the call computes"
+    if low and origin.phase == "backward":
+        note += "\na smaller scale may be all it takes, and update() sees to that"
     return Overflow(
-        parameters,
         phase=origin.phase,
-        node=decision.name,
-        op=decision.op,
-        module=decision.module,
-        source=decision.source,
+        **_place(decision),
         value="nan" if origin.nan else "inf",
         dtype=origin.dtype,
         largest=origin.largest,
         overrides=MappingProxyType({place: "fp32"} if proposes else {}),
-        note=f"{note}\nan input was written to since the call, so this may be another value" if written else note,
+        note=note,
     )
 
 
-def _note(origin: Origin, decision: Decision) -> str:
+def _of_hook(origin: Origin, trail: Trail, span: range) -> Overflow:
+    parameter = trail.module._root.get_parameter(origin.tensor)
+    found = _of_parameters([trail], span, {id(parameter)})
+    return replace(found, value="nan" if origin.nan else "inf", dtype=origin.dtype, note=_HOOK.format(origin.tensor))
+
+
+def _of_parameters(known: Iterable[Trail], span: range, parameters: set[int]) -> Overflow:
+    """Of the last call that uses one of these parameters, whose gradients are not finite."""
+    for trail in known:
+        for call in trail.calls_of(span)[-1:]:
+            nodes: dict[fx.Node, None] = {}
+            for node in call.variant.traced.graph.nodes:
+                if node.op == "get_attr" and id(_attribute(trail.module._root, str(node.target))) in parameters:
+                    nodes.update(dict.fromkeys(node.users))
+                elif node.op == "call_module":
+                    module = trail.module._root.get_submodule(str(node.target))
+                    if not parameters.isdisjoint(map(id, module.parameters())):
+                        nodes[node] = None
+            if nodes:
+                return Overflow(phase="backward", **_place(call.variant.plan[max(nodes).name]))
+    return Overflow()
+
+
+def _place(decision: Decision) -> Any:
+    return {"node": decision.name, "op": decision.op, "module": decision.module, "source": decision.source}
+
+
+def _before(origin: Origin) -> str:
     ends = ""
     if origin.dtype is not None and origin.dtype.is_floating_point:
         ends = f"; {abbreviate(origin.dtype)} ends at {torch.finfo(origin.dtype).max:g}"
-    before = f"finite before it: up to {origin.largest:g}{ends}"
-    if origin.how == "given":
-        of = {"placeholder": "an input of the model", "get_attr": f"'{origin.node.target}' of the model"}
-        what = of.get(origin.node.op, "the gradient of the output")
-        return f"{what} is not finite when it comes in: look at what makes it"
-    if origin.how == "hooked":
-        return "every call's gradients are finite: a hook on a parameter made it"
-    if origin.how == "summed":
-        return f"{before}; the gradients of several uses add up to it, or a hook made it"
-    if "cast" in origin.node.meta:
-        return f"its input does not fit when it is cast; {before}"
-    if origin.fits is False:
-        return f"{before}\nin float32 it is not finite either: look at what the call computes"
-    return before
+    return f"finite before it: up to {origin.largest:g}{ends}"
 
 
-def _users(trail: Trail, parameters: set[int]) -> Iterator[Decision]:
-    """The decisions of calls that use these parameters, the last of the graph first."""
-    for call in trail.calls[-1:]:
-        nodes: dict[fx.Node, None] = {}
-        graph, root = call.variant.traced.graph, trail.module._root
-        for node in graph.nodes:
-            if node.op == "get_attr" and id(_attribute(root, str(node.target))) in parameters:
-                nodes.update(dict.fromkeys(node.users))
-        for node in reversed(graph.nodes):
-            if node in nodes:
-                yield call.variant.plan[node.name]
+def _what(origin: Origin) -> str:
+    if origin.how == "cast":
+        return "its input" if origin.phase == "forward" else "its gradient"
+    if origin.tensor:
+        return f"'{origin.tensor}' of the model"
+    return "an input of the model" if origin.phase == "forward" else "the gradient of the output"
 
 
 def _attribute(root: Any, path: str) -> Any:

@@ -231,6 +231,7 @@ class GradScaler(Stepping):
         """
         if new_scale is not None or not self._enabled:
             super().update(checked_scale(new_scale))
+            self._skips.updated(None)
             return
         scale, tracker = self._check_scale_growth_tracker("update")
         states = self._per_optimizer_states.values()
@@ -238,7 +239,6 @@ class GradScaler(Stepping):
         if not flags and all(state["stage"] is OptState.READY for state in states):
             raise AssertionError("No inf checks were recorded prior to update.")
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
-        CLOCK.updated += 1
         if not flags:
             return  # there was nothing to unscale
         flag = combined(flags, scale)
@@ -249,7 +249,7 @@ class GradScaler(Stepping):
             raise self._too_many_skips()
 
     def _too_many_skips(self) -> FxampError:
-        report = str(explain(self._skips.suspect)).replace("\n", "\n  ")
+        report = str(explain(self._skips.suspect, self._skips.span)).replace("\n", "\n  ")
         count, scale = self._skips.limit, self.get_scale()
         return FxampError(
             f"{count} iterations in a row had a skipped step, and the scale is down to {scale:g}\n  {report}",
@@ -276,7 +276,7 @@ class GradScaler(Stepping):
         """
         if not self.skipped:
             return None
-        return explain(self._skips.optimizer)
+        return explain(self._skips.optimizer, self._skips.span)
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to this process stays here: the copy has made no step yet.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,12 +30,14 @@ class Origin:
     Attributes:
         phase: "forward" or "backward".
         node: of the graph.
-        how: "made" from finite values, "given" as an input, a parameter or a gradient from outside, or "summed": the
-            gradients of several uses of the node's value, or what a hook made of one.
+        how: "made" from finite values, in a "cast" of the pass, "given" as an input, a parameter or a gradient from
+            outside, "summed" of the gradients of several uses of the node's value (or what a hook made of one), or
+            "hooked": what a hook made of the gradient of the parameter ``tensor``.
         nan: whether it is a NaN.
         largest: the largest finite magnitude among what it was made from.
         dtype: of the tensor it is in.
         fits: whether the call gives finite values in float32; None when that is not known.
+        tensor: the path of the parameter or buffer that was given.
     """
 
     phase: str
@@ -45,6 +47,7 @@ class Origin:
     largest: float
     dtype: torch.dtype | None
     fits: bool | None = None
+    tensor: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,7 @@ def origin_of(module: Any, call: Call) -> Origin | None:
         values = [_cut_off(value) for value in call.values]
         variant = replace(call.variant, function=lambda _, *values: watched.run(*values))
         outputs = tensors_of(module._run(variant, values))
-        leaves = [
-            leaf for leaf in (*values, *root.parameters()) if isinstance(leaf, torch.Tensor) and leaf.requires_grad
-        ]
+        leaves = {name: p for name, p in root.named_parameters() if p.requires_grad}
         return watched.forward_origin(outputs) or watched.backward_origin(outputs, call.passes, leaves)
 
 
@@ -135,11 +136,22 @@ class _Watched(fx.Interpreter):
                 waiting += [source for source in _inputs(node) if not self._sights[source].finite]
         for node in self._sights:
             if node in seen and self._is_origin(node):
-                sight = self._sights[node]
-                how = "given" if node.op in ("placeholder", "get_attr") else "made"
+                sight, tensor = self._sights[node], self._bad_tensor(node)
+                how = "given" if node.op == "placeholder" or tensor else _how(node)
                 largest = max((self._sights[source].largest for source in _inputs(node)), default=sight.largest)
-                return Origin("forward", node, how, sight.nan, largest, sight.dtype, self._fits.get(node))
+                return Origin("forward", node, how, sight.nan, largest, sight.dtype, self._fits.get(node), tensor)
         return None
+
+    def _bad_tensor(self, node: fx.Node) -> str:
+        """The path of what is not finite in the model itself: the node's tensor, or one of the module it calls."""
+        paths = [str(n.target) for n in (node, *node.all_input_nodes) if n.op in ("get_attr", "call_module")]
+        for path in paths:
+            value = self.fetch_attr(path)
+            named = _tensors_of_module(value) if isinstance(value, nn.Module) else [("", value)]
+            for name, tensor in named:
+                if not _look([tensor]).finite:
+                    return f"{path}.{name}" if name else path
+        return ""
 
     def _is_origin(self, node: fx.Node) -> bool:
         """Whether something of its value is not finite that neither its inputs have nor the model means."""
@@ -169,7 +181,7 @@ class _Watched(fx.Interpreter):
     # -- backward ----------------------------------------------------------------------------------
 
     def backward_origin(
-        self, outputs: list[torch.Tensor], passes: list[dict[int, torch.Tensor]], leaves: list[torch.Tensor]
+        self, outputs: list[torch.Tensor], passes: list[dict[int, torch.Tensor]], leaves: Mapping[str, torch.Tensor]
     ) -> Origin | None:
         """Where a gradient stopped to be finite, with these gradients of the outputs."""
         assert self._output is not None
@@ -180,11 +192,14 @@ class _Watched(fx.Interpreter):
                 if not sight.finite:
                     return Origin("backward", self._output, "given", sight.nan, sight.largest, sight.dtype)
                 ends = [outputs[i] for i in seeds]
-                found = torch.autograd.grad(ends, leaves, list(seeds.values()), retain_graph=True, allow_unused=True)
-                if self._found is None and not (sight := _look(g for g in found if g is not None)).finite:
-                    self._found = Origin("backward", self._output, "hooked", sight.nan, sight.largest, sight.dtype)
+                found = torch.autograd.grad(
+                    ends, [*leaves.values()], list(seeds.values()), retain_graph=True, allow_unused=True
+                )
                 if self._found is not None:
                     return self._found
+                for name, gradient in zip(leaves, found, strict=True):
+                    if gradient is not None and not (sight := _look([gradient])).finite:
+                        return Origin("backward", self._output, "hooked", sight.nan, 0.0, sight.dtype, None, name)
         finally:
             for handle in handles:
                 handle.remove()
@@ -210,9 +225,13 @@ class _Watched(fx.Interpreter):
             # Of a value that was infinite on the way and left no trace in the outputs, as of 1 / exp(100).
             ends = [source for source in (node, *_inputs(node)) if not self._sights[source].finite]
             found = self._trace_back(ends)
-            self._found = found or Origin("backward", node, "made", after.nan, before.largest, after.dtype)
+            self._found = found or Origin("backward", node, _how(node), after.nan, before.largest, after.dtype)
         else:
             self._found = Origin("backward", node, "summed", before.nan, before.largest, before.dtype)
+
+
+def _tensors_of_module(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def _look(tensors: Iterable[torch.Tensor]) -> _Sight:
@@ -246,6 +265,10 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
         together, index = node.args
         return [together.all_input_nodes[index]]  # type: ignore[union-attr, index]
     return node.all_input_nodes
+
+
+def _how(node: fx.Node) -> str:
+    return "cast" if "cast" in node.meta else "made"
 
 
 def _means_infinity(node: fx.Node) -> bool:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fxamp.scaling.trail import CLOCK
+
 __all__ = ["Skips"]
 
 
@@ -25,6 +27,8 @@ class Skips:
         self.limit = limit
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._suspect: weakref.ref[torch.optim.Optimizer] | None = None
+        self.span = range(0)  # of the last step: the iterations that its gradients may be from
+        self._began = 0
         self._last: bool | tuple[torch.Tensor, ...] = False
         self._known: bool | None = False  # of this iteration: None when only the device knows
         self._in_a_row = 0
@@ -51,19 +55,25 @@ class Skips:
     def stepped(self, optimizer: torch.optim.Optimizer, flags: Sequence[torch.Tensor], skipped: bool | None) -> None:
         """Notes a step: its flags, and whether it was skipped if the host knows."""
         self._optimizer = weakref.ref(optimizer)
+        self.span = range(self._began, CLOCK.updated + 1)
         if skipped is not False:
             self._suspect = self._optimizer
         self._last = skipped if skipped is not None else tuple(flags)
         self._known = None if skipped is None or self._known is None else self._known or skipped
 
-    def updated(self, flag: torch.Tensor) -> bool:
+    def updated(self, flag: torch.Tensor | None) -> bool:
         """Ends an iteration, whose steps the flag tells of; whether the limit was reached, and counting starts anew.
+
+        It does so without a flag, too: the scale is another by then.
 
         Where only the device knows, the flags of ``limit`` iterations are looked at together and ``limit``
         iterations later, when the answer has long been copied: nothing waits for it.
         """
         known, self._known = self._known, False
-        if self.limit is None:
+        CLOCK.updated += 1
+        self._began = CLOCK.updated
+        if self.limit is None or flag is None:
+            self._in_a_row, self._window, self._late = 0, [], None
             return False
         if known is None and flag.device.type == "cpu":
             known = bool(flag)

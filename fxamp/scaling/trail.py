@@ -94,10 +94,9 @@ class Trail:
         """The converted module; None when it is gone."""
         return self._module()
 
-    @property
-    def calls(self) -> tuple[Call, ...]:
-        """Those with a backward pass since the last iteration began, in the order of these."""
-        return tuple(self._calls)
+    def calls_of(self, span: range) -> list[Call]:
+        """Those with a backward pass, if they are from one of these iterations, in the order of these passes."""
+        return self._calls if self._iteration in span else []
 
     def run(self, module: Any, variant: Any, values: Sequence[Any]) -> Any:
         """The result of the call."""

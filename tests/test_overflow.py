@@ -1,0 +1,236 @@
+"""Where a skipped step came from: the first value that is not finite is named, and what is proposed helps."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxamp
+
+INF = math.inf
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Network(nn.Module):
+    """Residual blocks with dropout, a batch norm and a head: random numbers, buffers, values with several uses."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.drop, self.norm, self.head = nn.Dropout(0.2), nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(self.drop(x)))
+
+
+class Apply(nn.Module):
+    """A linear layer, then a function, then the mean as the loss."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.function = nn.Linear(8, 8), function
+
+    def forward(self, x):
+        return self.function(self.first(x)).float().mean()
+
+
+def inputs(rows=16):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, 8, generator=generator), torch.randint(0, 4, (rows,), generator=generator)
+
+
+def converted(model=None, loss=F.cross_entropy, **options):
+    return fxamp.convert(model or Network(), loss, dtype=torch.float16, device_type="cpu", **options)
+
+
+def step(amp, *args, loss=lambda result: result[0], optimizer=None):
+    """A whole iteration; what is said of it."""
+    optimizer = optimizer or torch.optim.SGD(amp.parameters(), lr=0.1)
+    amp.scaler.backward(loss(amp(*args)))
+    amp.scaler.step(optimizer)
+    amp.scaler.update()
+    optimizer.zero_grad()
+    return amp.scaler.overflow()
+
+
+def enlarge(model, path, factor):
+    with torch.no_grad():
+        model.get_parameter(path).mul_(factor)
+
+
+# -- forward -----------------------------------------------------------------------------------------------
+
+
+def test_the_forward_call_is_named_with_what_helps():
+    amp = converted()
+    enlarge(amp, "blocks.1.up.weight", 3e4)
+    enlarge(amp, "blocks.1.down.weight", 300)
+    found = step(amp, *inputs())
+    assert (found.phase, found.node, found.op, found.module) == ("forward", "linear_3", "F.linear", "blocks.1.down")
+    assert (found.value, found.dtype, found.source.partition(":")[0]) == ("inf", torch.float16, __file__)
+    assert 1e4 < found.largest <= 65504
+    assert found.overrides == {"blocks.1.down": "fp32"}
+    assert amp.replan(amp.policy.with_modules(found.overrides)).plan["linear_3"].rule == "fp32"
+
+
+def test_the_text():
+    amp = converted(Apply(lambda x: x * 6e4 * x), None)
+    text = str(step(amp, inputs()[0], loss=lambda result: result))
+    line = text.splitlines()
+    assert line[0].startswith("first non-finite value: inf in f16 in the forward pass of 'mul' (operator.mul, ")
+    assert line[1].startswith("finite before it: up to ")
+    assert line[1].endswith("; f16 ends at 65504")
+    assert line[2] == "to compute it in float32: amp.replan(amp.policy.with_ops({'aten::mul': 'fp32'}))"
+
+
+def test_every_place_in_the_forward():
+    for path, _ in Network().named_modules():
+        if "up" not in path and "down" not in path and path != "head":
+            continue
+        amp = converted()
+        enlarge(amp, f"{path}.weight", 6.0e4 / amp.get_parameter(f"{path}.weight").abs().max())
+        found = step(amp, inputs()[0] * 1e3, inputs()[1])
+        assert (found.phase, found.module) == ("forward", path)
+
+
+def test_a_weight_that_float16_cannot_hold_is_named_at_its_cast():
+    amp = converted()
+    with torch.no_grad():
+        amp.blocks[2].down.weight[0, 0] = 1e6
+    found = step(amp, *inputs())
+    assert (found.phase, found.module, found.overrides) == ("forward", "blocks.2.down", {"blocks.2.down": "fp32"})
+    assert found.largest == 1e6
+    assert found.note.startswith("its input does not fit when it is cast")
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF])
+def test_a_parameter_that_is_not_finite(bad):
+    amp = converted()
+    with torch.no_grad():
+        amp.norm.weight[3] = bad
+    found = step(amp, *inputs())
+    assert (found.phase, found.module, found.overrides) == ("forward", "norm", {})
+    assert "'norm.weight' of the model is not finite when it comes in" in str(found)
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF])
+def test_an_input_that_is_not_finite(bad):
+    x, y = inputs()
+    x[3, 4] = bad
+    found = step(converted(), x, y)
+    assert (found.phase, found.op, found.overrides) == ("forward", "placeholder", {})
+    assert "an input of the model is not finite when it comes in: look at what makes it" in str(found)
+
+
+def test_what_float32_does_not_mend_gets_no_override():
+    amp = converted(Apply(lambda x: torch.sqrt(-x.abs() - 1)), None)
+    found = step(amp, inputs()[0], loss=lambda result: result)
+    assert (found.phase, found.op, found.value, found.overrides) == ("forward", "torch.sqrt", "nan", {})
+    assert "in float32 it is not finite either" in str(found)
+
+
+class Attention(nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.mask_kind = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), mask
+        self.register_buffer("mask", torch.full((16, 16), -INF).triu(1))
+
+    def forward(self, x, given=None):
+        scores = self.q(x) @ self.k(x).T
+        if self.mask_kind == "buffer":
+            scores = scores + self.mask
+        elif self.mask_kind == "given":
+            scores = scores + given
+        else:
+            scores = scores.masked_fill(self.mask < 0, -INF)
+        return (scores.softmax(-1) @ self.v(x)).float().square().mean()
+
+
+@pytest.mark.parametrize("kind", ["buffer", "filled", "given"])
+def test_an_infinity_that_is_meant_is_not_blamed(kind):
+    amp = converted(Attention(kind), None)
+    args = (inputs()[0], amp.mask.clone()) if kind == "given" else (inputs()[0],)
+    assert step(amp, *args, loss=lambda result: result) is None
+    for path in ("q", "k"):
+        enlarge(amp, f"{path}.weight", 1000)
+    found = step(amp, *args, loss=lambda result: result)
+    assert (found.phase, found.node) == ("forward", "matmul")
+
+
+def test_a_row_that_is_masked_whole_is_blamed_on_the_softmax():
+    amp = converted(Attention("given"), None)
+    found = step(amp, inputs()[0], torch.full((16, 16), -INF), loss=lambda result: result)
+    assert (found.phase, found.node, found.value) == ("forward", "softmax", "nan")
+
+
+def test_an_infinity_that_leaves_no_trace_but_in_the_gradient():
+    amp = converted(Apply(lambda x: 1 / torch.exp(x.half() * 0 + 12)), None)
+    found = step(amp, inputs()[0], loss=lambda result: result)
+    assert (found.phase, found.op) == ("forward", "torch.exp")
+
+
+# -- backward ----------------------------------------------------------------------------------------------
+
+
+class Explode(torch.autograd.Function):
+    """The value itself, and its gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.save_for_backward(factor)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (factor,) = ctx.saved_tensors
+        return gradient * factor, None
+
+
+class Exploding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(1.0))
+
+    def forward(self, x):
+        return Explode.apply(x, self.factor)
+
+
+@pytest.mark.parametrize("factor", [INF, math.nan])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_every_place_in_the_backward(place, factor):
+    model = Network()
+    for block in model.blocks:
+        block.down = nn.Sequential(block.down, Exploding())
+    amp = converted(model)
+    amp.get_submodule(f"blocks.{place}.down.1").factor.fill_(factor)
+    found = step(amp, *inputs())
+    assert found.module == f"blocks.{place}.down.1"
+    assert found.phase == ("forward" if math.isnan(factor) else "backward")  # the buffer is a value of the forward
+
+
+def test_a_scale_that_is_too_large_for_a_gradient():
+    amp = converted(Apply(lambda x: x * 3e4), None)
+    found = step(amp, inputs()[0] * 1e-3, loss=lambda result: result)
+    assert (found.phase, found.op, found.value, found.dtype) == ("backward", "operator.mul", "inf", torch.float16)
+    assert "a smaller scale may be all it takes" in found.note
+    for overrides in ({"aten::mul": "fp32"}, {"first": "fp32"}):  # the gradient is cast one call later, then
+        assert found.overrides == overrides
+        kind = amp.policy.with_ops if "aten::mul" in overrides else amp.policy.with_modules
+        amp = amp.replan(kind(overrides))
+        found = step(amp, inputs()[0] * 1e-3, loss=lambda result: result)
+    assert found is None
