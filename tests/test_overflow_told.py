@@ -56,8 +56,8 @@ def test_accumulated_gradients(bad):
 def test_the_numbers_drawn_are_those_of_the_call():
     told = 0
     for seed in range(8):
-        torch.manual_seed(seed)
         amp = converted(Apply(lambda x: F.dropout(x[:1, :1], 0.5) * 6e4), None)
+        torch.manual_seed(seed)
         amp.scaler = fxamp.GradScaler("cpu", init_scale=1.0)
         amp.scaler.backward(amp(inputs()[0] + 9))
         amp.scaler.step(torch.optim.SGD(amp.parameters(), lr=0.1))
