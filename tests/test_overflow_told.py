@@ -60,7 +60,8 @@ def test_the_numbers_drawn_are_those_of_the_call():
         torch.manual_seed(seed)
         amp.scaler = fxamp.GradScaler("cpu", init_scale=1.0)
         amp.scaler.backward(amp(inputs()[0] + 9))
-        amp.scaler.step(torch.optim.SGD(amp.parameters(), lr=0.1))
+        optimizer = torch.optim.SGD(amp.parameters(), lr=0.1)
+        amp.scaler.step(optimizer)
         before = torch.get_rng_state()
         if amp.scaler.skipped:
             told += 1

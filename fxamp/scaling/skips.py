@@ -28,7 +28,7 @@ class Skips:
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._suspect: weakref.ref[torch.optim.Optimizer] | None = None
         self.span = range(0)  # of the last step: the iterations that its gradients may be from
-        self._began = 0
+        self._began = CLOCK.updated
         self._last: bool | tuple[torch.Tensor, ...] = False
         self._known: bool | None = False  # of this iteration: None when only the device knows
         self._in_a_row = 0
