@@ -59,7 +59,7 @@ class GradScaler(Stepping):
         max_scale: the cap, alike; ``math.inf`` leaves torch's behaviour, to grow up to the end of float32. An
             ``init_scale`` above the default cap becomes the cap.
         max_skips: how many iterations in a row with a skipped step are an error; None: any number is not. With a
-            fused optimizer on a GPU it takes up to three times as many, for nothing waits for the device.
+            fused optimizer it takes up to three times as many, for nothing waits for the device.
         process_group: the ranks that skip a step together when one of them must. None: all of them, when
             ``torch.distributed`` is initialised at that time; False: this one decides on its own. All ranks of the
             group have to step this scaler's optimizers at the same time. With uneven inputs, in

@@ -75,8 +75,6 @@ class Skips:
         if self.limit is None or flag is None:
             self._in_a_row, self._window, self._late = 0, [], None
             return False
-        if known is None and flag.device.type == "cpu":
-            known = bool(flag)
         if known is not None:
             self._window = []
             self._in_a_row = self._in_a_row + 1 if known else 0

@@ -56,13 +56,17 @@ class Call:
     def follow(self, result: Any) -> None:
         """Asks the outputs for the gradients that they will get."""
         for i, output in enumerate(tensors_of(result)):
-            if output.grad_fn is not None:
-                output.register_hook(functools.partial(self._arrived, i))  # type: ignore[no-untyped-call]
+            function = output.grad_fn
+            if function is not None:  # of its hooks the cheapest to call
+                function.register_prehook(functools.partial(self._arrived, i, output.output_nr))
 
-    def _arrived(self, place: int, gradient: torch.Tensor) -> None:
+    def _arrived(self, place: int, number: int, gradients: tuple[torch.Tensor | None, ...]) -> None:
+        gradient = gradients[number]
+        if gradient is None:
+            return
         if not self.passes or place in self.passes[-1]:
             self.passes.append({})
-        self.passes[-1][place] = gradient.detach()
+        self.passes[-1][place] = gradient.detach() if gradient.requires_grad else gradient
         trail = self._trail()
         if trail is not None and self._scaled != CLOCK.scaled:  # one of our scalers is at work
             trail.keep(self)
