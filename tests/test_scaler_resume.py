@@ -1,5 +1,6 @@
 """Training that stops at any step and goes on in a new process has the same losses, bit for bit."""
 
+import copy
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ OPTIMIZERS = {
 
 
 class Training:
-    """A model with dropout and batch norm, an optimizer, a scaler whose scale moves, and a learning rate that follows."""
+    """A model with dropout and batch norm, an optimizer, a scaler whose scale moves, a learning rate that follows."""
 
     def __init__(self, name):
         torch.manual_seed(0)
@@ -49,7 +50,8 @@ class Training:
         return {name: getattr(self, name) for name in ("amp", "optimizer", "scheduler")} | {"scaler": self.amp.scaler}
 
     def save(self):
-        return {name: part.state_dict() for name, part in self.parts().items()} | {"random": torch.get_rng_state()}
+        states = {name: part.state_dict() for name, part in self.parts().items()}
+        return copy.deepcopy(states) | {"random": torch.get_rng_state()}
 
     def load(self, state):
         for name, part in self.parts().items():
