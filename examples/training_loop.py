@@ -35,9 +35,7 @@ def main() -> None:
         for chosen in torch.randperm(len(images)).split(BATCH):
             loss, _ = amp(images[chosen], labels[chosen])
             amp.scaler.backward(loss)  # of the scaled loss
-            amp.scaler.unscale_(optimizer)  # clipping needs the true gradients
-            nn.utils.clip_grad_norm_(amp.parameters(), 1.0)
-            amp.scaler.step(optimizer)  # skipped when a gradient is not finite
+            amp.scaler.step(optimizer, clip_norm=1.0)  # skipped when a gradient is not finite
             amp.scaler.update()
             optimizer.zero_grad()
             skipped += amp.scaler.skipped

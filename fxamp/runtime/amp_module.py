@@ -79,7 +79,7 @@ class AmpModule(CheckpointedModule):
         for module, training in variant.mode_flags:
             if module.training is not training:
                 raise other_mode(self, module, training)
-        if conversion.scaler._enabled and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and conversion.scaler._enabled and torch.is_grad_enabled():
             result = self._trail.run(self, variant, values)
         else:
             result = self._run(variant, values)
