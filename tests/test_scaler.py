@@ -154,3 +154,39 @@ def test_disabled_passes_everything_on():
     torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=0, atol=0)
     assert (scaler.skipped, scaler.overflow(), scaler.state_dict()) == (False, None, {})
     assert pickle.loads(pickle.dumps(scaler)).get_scale() == 1.0
+
+
+class Slotted:
+    """An optimizer of somebody's own, which is none of torch's."""
+
+    __slots__ = ("param_groups", "steps")
+
+    def __init__(self, parameters):
+        self.param_groups = [{"params": list(parameters)}]
+        self.steps = 0
+
+    __hash__ = None
+
+    def step(self, factor=1.0):
+        self.steps += 1
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter -= factor * parameter.grad
+        return factor
+
+
+def test_an_optimizer_that_is_none_of_torchs():
+    runs = []
+    for kind in (GradScaler, torch.amp.GradScaler):
+        model, scaler = small_model(), kind("cpu")
+        optimizer = Slotted(model.parameters())
+        returned = []
+        for step in range(3):
+            scaler.scale(model(torch.ones(2, 3)).sum()).backward()
+            poison(model, step, {1: INF})
+            returned.append(scaler.step(optimizer, factor=0.5))
+            scaler.update()
+            model.zero_grad()
+        assert (optimizer.steps, returned) == (2, [0.5, None, 0.5])
+        runs.append(([p.detach() for p in model.parameters()], scaler.state_dict()))
+    torch.testing.assert_close(*runs, rtol=0, atol=0)

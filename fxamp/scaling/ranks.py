@@ -5,16 +5,18 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Literal
 
 import torch
 from torch import distributed
 from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxamp.errors import FxampError
 
-__all__ = ["Group", "Joining", "agree", "group_of", "has_uneven_inputs", "spans_the_world"]
+__all__ = ["Group", "Joining", "agree", "alone", "group_of", "has_uneven_inputs", "spans_the_world"]
 
 Group = Any  # a torch.distributed.ProcessGroup; builds without torch.distributed have no such name
 
@@ -58,12 +60,31 @@ def agree(flags: dict[torch.device, torch.Tensor], groups: Iterable[Group]) -> N
                 flag.copy_(common)
 
 
+def alone() -> AbstractContextManager[Any]:
+    """A context in which this rank talks to no other: it may be the only one that came here.
+
+    Raises:
+        FxampError: inside, when something needs the other ranks, as ``SyncBatchNorm`` does.
+    """
+    together = distributed.is_available() and distributed.is_initialized()
+    return _Alone() if together else nullcontext()  # type: ignore[no-untyped-call]
+
+
+class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            raise FxampError(f"{func.name()} needs the other ranks")
+        return func(*args, **(kwargs or {}))
+
+
 def has_uneven_inputs(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a ``DistributedDataParallel`` with these parameters is, or was, in a ``Join`` context.
 
     A rank that is out of inputs there takes part in the reductions of gradients, and in no other collective. These tell
     all ranks of what is not finite, too.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return False
     if optimizer not in _WRAPPERS:  # nothing leads from a parameter to its wrapper, so they are looked for, once
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         kind = DistributedDataParallel

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from fxamp.dtypes import LOW_DTYPES
+from fxamp.scaling.ranks import alone
 from fxamp.scaling.trail import Call, tensors_of
 
 __all__ = ["Origin", "kept_buffers", "origin_of"]
@@ -73,7 +74,7 @@ def origin_of(module: Any, call: Call) -> Origin | None:
     root = module._root
     watched = _Watched(root, call.variant.graph)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices), kept_buffers(root), torch.enable_grad():
+    with torch.random.fork_rng(devices), kept_buffers(root), torch.enable_grad(), alone():
         call.restore_random_state()
         values = [_cut_off(value) for value in call.values]
         variant = replace(call.variant, function=lambda _, *values: watched.run(*values))

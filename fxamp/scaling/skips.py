@@ -7,7 +7,7 @@ device; its flags are kept as they are.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -25,8 +25,8 @@ class Skips:
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
-        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
-        self._suspect: weakref.ref[torch.optim.Optimizer] | None = None
+        self._optimizer: Callable[[], torch.optim.Optimizer | None] | None = None
+        self._suspect: Callable[[], torch.optim.Optimizer | None] | None = None
         self.span = range(0)  # of the last step: the iterations that its gradients may be from
         self._began = CLOCK.updated
         self._last: bool | tuple[torch.Tensor, ...] = False
@@ -54,7 +54,7 @@ class Skips:
 
     def stepped(self, optimizer: torch.optim.Optimizer, flags: Sequence[torch.Tensor], skipped: bool | None) -> None:
         """Notes a step: its flags, and whether it was skipped if the host knows."""
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer = _reference(optimizer)
         self.span = range(self._began, CLOCK.updated + 1)
         if skipped is not False:
             self._suspect = self._optimizer
@@ -87,6 +87,13 @@ class Skips:
         late, self._late = self._late, _Late(torch.stack(self._window).amin())
         self._window = []
         return late is not None and late.read()
+
+
+def _reference(optimizer: torch.optim.Optimizer) -> Callable[[], torch.optim.Optimizer | None]:
+    try:
+        return weakref.ref(optimizer)
+    except TypeError:  # one of somebody's own, with slots
+        return lambda: optimizer
 
 
 class _Late:

@@ -72,7 +72,7 @@ class Stepping(torch.amp.GradScaler, Joining):
         self, optimizer: torch.optim.Optimizer, state: dict[str, Any], *args: Any, **kwargs: Any
     ) -> float | None:
         """For an optimizer that looks at the flag on the device, and is called always."""
-        if _takes_scaler(type(optimizer).step):
+        if _takes_scaler(getattr(type(optimizer), "step", optimizer.step)):
             return super().step(optimizer, *args, **kwargs)
         scale, _ = self._check_scale_growth_tracker("step")
         fused: Any = optimizer
