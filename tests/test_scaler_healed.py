@@ -63,7 +63,7 @@ def test_floor_that_is_none(floor):
     )
 
 
-@pytest.mark.parametrize("new_scale", [3, 3.0, torch.tensor(3.0), 2.0**-30])
+@pytest.mark.parametrize("new_scale", [3, 3.0, torch.tensor(3.0), torch.tensor([3.0]), 2.0**-30])
 def test_update_takes_any_number_as_it_is(new_scale):
     scaler, *_ = overflowed()
     scaler.update(new_scale)

@@ -84,6 +84,7 @@ class ReadsAttributes(Aware):
 
     def step(self, closure=None):
         assert isinstance(self.found_inf, torch.Tensor)
+        self.scaled = self.grad_scale is not None
         self.told.append(self.found_inf.item())
         self.descend(1.0 if self.grad_scale is None else self.grad_scale, self.found_inf.item())
         return 5.0
@@ -116,6 +117,7 @@ def test_optimizer_that_reads_attributes(kind, value, first, preset):
     if first:
         scaler.unscale_(optimizer)
     assert scaler.step(optimizer) == 5.0
+    assert optimizer.scaled == (not first or preset is not None)
     finite = value == 8.0
     assert optimizer.told == [float(not finite)]
     assert [p.tolist() for p in optimizer.param_groups[0]["params"]] == (

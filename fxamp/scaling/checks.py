@@ -45,8 +45,10 @@ def checked_scale(new_scale: Any) -> Any:
     Raises:
         FxampError: when it is a number that no gradient can be divided by.
     """
-    if new_scale is None or isinstance(new_scale, torch.Tensor):
-        return new_scale
+    if new_scale is None:
+        return None
+    if isinstance(new_scale, torch.Tensor):
+        return new_scale.reshape(()) if new_scale.numel() == 1 else new_scale
     if isinstance(new_scale, int | float) and math.isfinite(new_scale) and new_scale > 0:
         return float(new_scale)
     raise FxampError(

@@ -72,17 +72,15 @@ class Stepping(torch.amp.GradScaler, Joining):
         self, optimizer: torch.optim.Optimizer, state: dict[str, Any], *args: Any, **kwargs: Any
     ) -> float | None:
         """For an optimizer that looks at the flag on the device, and is called always."""
-        if _takes_scaler(getattr(type(optimizer), "step", optimizer.step)):
+        contract = _contract(getattr(type(optimizer), "step", optimizer.step))
+        if contract == "argument":
             return super().step(optimizer, *args, **kwargs)
         scale, _ = self._check_scale_growth_tracker("step")
         fused: Any = optimizer
         grad_scale = getattr(optimizer, "grad_scale", None)
-        if state["stage"] is OptState.READY:
-            try:
-                self.unscale_(optimizer)  # in the pass that checks: the kernel need not write the gradients again
-            except GradientError:
-                self._check_inf_per_device(optimizer)  # float16 loses less in the registers of the kernel
-                grad_scale = scale if grad_scale is None else scale * grad_scale
+        if state["stage"] is OptState.READY and not (contract == "kernel" and self._unscaled(optimizer)):
+            self._check_inf_per_device(optimizer)
+            grad_scale = scale if grad_scale is None else scale * grad_scale
         flags = state["found_inf_per_device"].values()
         fused.grad_scale = grad_scale
         fused.found_inf = combined(flags, scale) if flags else torch.zeros_like(scale)
@@ -91,6 +89,14 @@ class Stepping(torch.amp.GradScaler, Joining):
         finally:
             del fused.grad_scale, fused.found_inf
         return result
+
+    def _unscaled(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Unscales in the pass that checks, so that the kernel need not write the gradients again; whether it could."""
+        try:
+            self.unscale_(optimizer)
+        except GradientError:
+            return False  # float16 loses less in the registers of the kernel
+        return True
 
     def _unscale_grads_(
         self,
@@ -124,9 +130,14 @@ class Stepping(torch.amp.GradScaler, Joining):
 
 
 @functools.lru_cache(maxsize=64)
-def _takes_scaler(step: Callable[..., Any]) -> bool:
-    """Whether it keeps to torch's older contract, which torch still serves: ``step(grad_scaler=...)``."""
-    return "grad_scaler" in inspect.signature(step).parameters
+def _contract(step: Callable[..., Any]) -> str:
+    """How an optimizer takes the scale: torch's own in the "kernel", where None is no scale; others as an attribute.
+
+    Or, as torch still serves it, as the "argument" ``step(grad_scaler=...)``.
+    """
+    if "grad_scaler" in inspect.signature(step).parameters:
+        return "argument"
+    return "kernel" if step.__module__.startswith("torch.optim.") else "attribute"
 
 
 def combined(flags: Iterable[torch.Tensor], home: torch.Tensor | None = None) -> torch.Tensor:
