@@ -14,6 +14,7 @@ name=$("$python" -c 'from benchmarks.results import stem; print(stem("cuda"))') 
     echo "# $name"
     "$python" -m pytest -q -m cuda tests || status=1
     "$python" -m benchmarks --device cuda --out "$out" "$@" || status=1
+    "$python" -m benchmarks.scaler --device cuda || status=1
     "$python" examples/demo.py || status=1
     exit $status
 ) 2>&1 | tee "$out/${name}_checks.txt"

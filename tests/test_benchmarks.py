@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import measure, timing
+from benchmarks import measure, scaler, timing
 from benchmarks.__main__ import main
 from benchmarks.cases import SUITE, Batch, Case
 from benchmarks.casts import Casts, count_casts
@@ -295,3 +295,19 @@ def test_the_shapes_are_those_of_the_papers(name: str, millions: float) -> None:
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in case.make().parameters())
     assert round(count / 1e6, 2) == millions
+
+
+# -- the scaler ------------------------------------------------------------------------------------------
+
+
+def test_the_scaler_is_measured_beside_torchs(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["scaler", "--rounds", "1"])
+    scaler.main()
+    table, _, notes = capsys.readouterr().out.partition("\n\n")
+    rows = {row[:15].strip(): row[15:].split() for row in table.splitlines()[2:]}
+    assert rows.keys() == scaler.OPTIMIZERS.keys()
+    for name, (alone, torchs, ours, *_, passes, waited, waits) in rows.items():
+        assert 0 < float(alone) < float(ours)
+        assert float(torchs) > 0
+        assert (passes, waited, waits) == ("1", *(("0", "0") if "fused" in name else ("1", "1")))
+    assert len(notes.splitlines()) == 3
