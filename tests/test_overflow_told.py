@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import fxamp
+from fxamp.scaling import trail
 from tests.test_overflow import INF, Apply, converted, enlarge, inputs, step
 
 
@@ -153,6 +154,40 @@ def test_without_gradients_or_a_scaler_of_ours_no_input_is_kept():
             scaler.scale(loss).backward()
         del x, y, loss
         assert not seen
+
+
+def test_a_sum_of_losses_keeps_no_inputs():
+    amp = converted()
+    seen, total = weakref.WeakSet(), 0
+    for _ in range(3):
+        x, y = inputs()
+        seen.add(x)
+        loss = amp(x, y)[0]
+        total = total + loss  # without detach(), as is often seen
+        amp.scaler.backward(loss, retain_graph=True)
+        amp.scaler.step(torch.optim.SGD(amp.parameters(), lr=0.0))
+        amp.scaler.update()
+        del x, y, loss
+        assert len(seen) == 1
+
+
+def test_there_is_a_bound_for_the_inputs_of_many_calls(monkeypatch):
+    monkeypatch.setattr(trail, "_MOST_BYTES", 3 * inputs()[0].nbytes)
+    amp = converted(loss=None)
+    optimizer = torch.optim.SGD(amp.parameters(), lr=0.1)
+    seen, outputs = [], []
+    for i in range(6):
+        x, _ = inputs()
+        x[0, 0] = INF if i == 2 else 1
+        seen.append(weakref.ref(x))
+        outputs.append(amp(x).float().mean())
+        del x
+    assert [x() is None for x in seen] == [True] * 3 + [False] * 3
+    amp.scaler.backward(sum(outputs))
+    amp.scaler.step(optimizer)
+    found = amp.scaler.overflow()
+    assert (found.phase, found.module) == ("backward", "head")
+    assert "it came from another rank, from a hook" in found.note
 
 
 def test_two_optimizers_are_told_apart():

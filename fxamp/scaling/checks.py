@@ -64,7 +64,8 @@ def widened(outputs: Any) -> Any:
     shape ``(1,)``.
     """
     if isinstance(outputs, torch.Tensor):
-        return outputs.float() if outputs.dtype in LOW_DTYPES and outputs.numel() == 1 else outputs
+        alone = outputs.numel() == 1 and outputs.dim() > 0
+        return outputs.float() if alone and outputs.dtype in LOW_DTYPES else outputs
     if isinstance(outputs, list | tuple):
         return type(outputs)(map(widened, outputs))
     return map(widened, outputs) if isinstance(outputs, Iterable) else outputs

@@ -76,9 +76,8 @@ def origin_of(module: Any, call: Call) -> Origin | None:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices), kept_buffers(root), torch.enable_grad(), alone():
         call.restore_random_state()
-        values = [_cut_off(value) for value in call.values]
         variant = replace(call.variant, function=lambda _, *values: watched.run(*values))
-        outputs = tensors_of(module._run(variant, values))
+        outputs = tensors_of(module._run(variant, call.values))
         leaves = {name: p for name, p in root.named_parameters() if p.requires_grad}
         return watched.forward_origin(outputs) or watched.backward_origin(outputs, call.passes, leaves)
 
@@ -182,16 +181,22 @@ class _Watched(fx.Interpreter):
     # -- backward ----------------------------------------------------------------------------------
 
     def backward_origin(
-        self, outputs: list[torch.Tensor], passes: list[dict[int, torch.Tensor]], leaves: Mapping[str, torch.Tensor]
+        self,
+        outputs: list[torch.Tensor],
+        passes: list[dict[int, torch.Tensor | None]],
+        leaves: Mapping[str, torch.Tensor],
     ) -> Origin | None:
         """Where a gradient stopped to be finite, with these gradients of the outputs."""
         assert self._output is not None
         handles = [node.register_hook(functools.partial(self._passed, node)) for node in self._owners]
         try:
-            for seeds in passes:
+            for given in passes:
+                seeds = {place: gradient for place, gradient in given.items() if gradient is not None}
                 sight = _look(seeds.values())
                 if not sight.finite:
                     return Origin("backward", self._output, "given", sight.nan, sight.largest, sight.dtype)
+                if not seeds:
+                    continue
                 ends = [outputs[i] for i in seeds]
                 found = torch.autograd.grad(
                     ends, [*leaves.values()], list(seeds.values()), retain_graph=True, allow_unused=True
@@ -282,8 +287,3 @@ def _in_float32(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().float() if value.dtype in LOW_DTYPES else value.detach()
     return torch.float32 if isinstance(value, torch.dtype) and value in LOW_DTYPES else value
-
-
-def _cut_off(value: Any) -> Any:
-    """An input without the history that it has outside."""
-    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fxamp.scaling.trail import CLOCK
+from fxamp.scaling.trail import CLOCK, captures_graph
 
 __all__ = ["Skips"]
 
@@ -72,7 +72,7 @@ class Skips:
         known, self._known = self._known, False
         CLOCK.updated += 1
         self._began = CLOCK.updated
-        if self.limit is None or flag is None:
+        if self.limit is None or flag is None or captures_graph():
             self._in_a_row, self._window, self._late = 0, [], None
             return False
         if known is not None:
