@@ -231,6 +231,20 @@ class TestReplan:
         half = amp.replan(fxamp.Policy.autocast("cpu", torch.float16)).eval()
         assert_same(half(x), expected)
 
+    def test_replanning_keeps_the_scaler_as_it_was_set(self) -> None:
+        amp = fxamp.convert(nn.Linear(2, 2), dtype=torch.float16, device_type="cpu")
+        amp.scaler = fxamp.GradScaler("cpu", 8.0, min_scale=4.0, max_skips=3, process_group=False)
+        amp.scaler.scale(torch.ones(()))
+        amp.scaler.update(16.0)
+        twin = amp.replan(amp.policy).scaler
+        assert twin is not amp.scaler
+        assert (twin.get_scale(), twin.min_scale, twin.process_group) == (16.0, 4.0, False)
+        assert twin.state_dict() == amp.scaler.state_dict()
+        with pytest.raises(
+            fxamp.FxampError, match=r"^found an object of type GradScaler: expected an fxamp.GradScaler"
+        ):
+            amp.scaler = torch.amp.GradScaler("cpu")
+
     def test_replanning_to_the_same_policy_gives_the_same_graph(self) -> None:
         _, amp = small()
         assert amp.replan(amp.policy).code == amp.code

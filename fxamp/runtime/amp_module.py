@@ -18,7 +18,7 @@ from torch import nn
 from fxamp.capture import Program
 from fxamp.capture.calls import enter_inference_mode, leave_inference_modes
 from fxamp.capture.packing import pack_graph, unpack_graph
-from fxamp.errors import FxampError
+from fxamp.errors import FxampError, describe
 from fxamp.plan import PrecisionPlan
 from fxamp.policy import Policy
 from fxamp.runtime.casts import AmbientCall, execution_device_type
@@ -265,6 +265,9 @@ class AmpModule(CheckpointedModule):
 
     @scaler.setter
     def scaler(self, scaler: GradScaler) -> None:
+        if not isinstance(scaler, GradScaler):
+            found = describe(scaler)
+            raise FxampError(f"found {found}: expected an fxamp.GradScaler", hint="it takes the place of torch's")
         self._conversion.scaler = scaler
 
     def report(self, measure: tuple[Any, ...] | None = None) -> Any:

@@ -288,7 +288,7 @@ class Conversion:
         )
         new._finish()
         if new.scaler.is_enabled() and self.scaler.is_enabled():
-            new.scaler.load_state_dict(self.scaler.state_dict())
+            new.scaler = self.scaler._twin()
         return new
 
     def cloned(self, clone: Callable[[Any], Any]) -> Conversion:

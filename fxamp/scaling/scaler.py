@@ -278,6 +278,15 @@ class GradScaler(Stepping):
             return None
         return explain(self._skips.optimizer, self._skips.span)
 
+    def _twin(self) -> GradScaler:
+        """Another scaler with these settings and this scale, that has made no step yet."""
+        twin: GradScaler = object.__new__(type(self))
+        state = {"_init_scale": self.get_scale(), "_init_growth_tracker": self._get_growth_tracker()}
+        fresh = {"_scale": None, "_growth_tracker": None, "_skips": Skips(self._skips.limit), "_join_config": _ALONE}
+        twin.__dict__.update(self.__dict__ | state | fresh)
+        twin._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
+        return twin
+
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to this process stays here: the copy has made no step yet.
         state = super().__getstate__() | {"_skips": Skips(self._skips.limit), "_join_config": _ALONE}
