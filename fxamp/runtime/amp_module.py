@@ -150,8 +150,8 @@ class AmpModule(CheckpointedModule):
     def _compile(self, variant: Variant) -> None:
         shown = self._graph, self._code
         self._graph = variant.graph
-        self._generate(self._conversion.program)
-        self._take(variant)
+        _, function = self._generate(self._conversion.program)
+        self._take(variant, function)
         self._finish(variant)
         self._graph, self._code = shown
 
@@ -165,12 +165,11 @@ class AmpModule(CheckpointedModule):
         variant.mode_flags = tuple((self._member(path), flag) for path, flag in variant.traced.modes.items() if path)
         self._show_written(variant.graph)
 
-    def _take(self, variant: Variant) -> None:
-        """Keeps the generated function; ``forward`` of the class stays ours, which binds the arguments."""
-        variant.function = type(self).__dict__["forward"]
+    def _take(self, variant: Variant, function: Any) -> None:
+        """Keeps the generated function, which our ``forward`` calls with bound arguments."""
+        variant.function = function
         variant.code = self._code
         variant.graph = self._graph
-        del type(self).forward
 
     def recompile(self) -> Any:
         """Regenerates the code of ``graph``, as on any GraphModule."""
@@ -178,8 +177,9 @@ class AmpModule(CheckpointedModule):
             code = super().recompile()
             del type(self).forward
             return code
-        code, variant = self._generate(self._conversion.program), self._conversion.base
-        self._take(variant)
+        variant = self._conversion.base
+        code, function = self._generate(self._conversion.program)
+        self._take(variant, function)
         self._finish(variant)
         return code
 

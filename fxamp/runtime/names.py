@@ -85,11 +85,14 @@ class NamedGraphModule(fx.GraphModule):
     def _member(self, path: str) -> Any:
         return find(self._root, path)
 
-    def _generate(self, program: Program) -> Any:
-        """The code of ``_graph``, as ``recompile`` gives it."""
+    def _generate(self, program: Program) -> tuple[Any, Any]:
+        """The code of ``_graph``, as ``recompile`` gives it, and the function; ``forward`` of the class stays ours."""
         self._root.__dict__.update(program.extras)
-        with _own_spelling(self._graph, self._root):
-            return fx.GraphModule.recompile(self)
+        with _own_spelling(self._graph, self._root), _generated_class(self) as kind:
+            code = fx.GraphModule.recompile(self)
+            function = kind.__dict__["forward"]
+            del kind.forward
+        return code, function
 
     def _settle(self, program: Program) -> None:
         """Puts the plain tensors that forwards have set to where a copy takes them from."""
@@ -97,6 +100,20 @@ class NamedGraphModule(fx.GraphModule):
         for name, value in vars(self._root).items():
             if isinstance(tree.get(name), torch.Tensor) and isinstance(value, torch.Tensor):
                 tree[name] = value.detach()
+
+
+@contextmanager
+def _generated_class(module: nn.Module) -> Iterator[Any]:
+    """A context in which the module is of the class that torch.fx made for it, and of no later one.
+
+    ``fully_shard`` makes a subclass of it, and a call that torch.fx generates for a subclass calls itself.
+    """
+    kind = module.__class__
+    module.__class__ = next((each for each in kind.__mro__ if "_wrapped_call" in vars(each)), kind)
+    try:
+        yield module.__class__
+    finally:
+        module.__class__ = kind
 
 
 def _own(amp: NamedGraphModule, name: str, ours: Any) -> Any:
