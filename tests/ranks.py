@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -160,6 +161,8 @@ def _work(rank: int, world_size: int, directory: str, connection: Connection) ->
 def _run(rank: int, request: bytes, stack: TextIO) -> bytes:
     try:
         timeout, function, args = pickle.loads(request)
+        if gc.get_freeze_count() == 0:
+            gc.freeze()  # what was imported is no garbage: no collection, and no search, looks through it again
         faulthandler.dump_traceback_later(timeout, file=stack)
         torch.manual_seed(0)
         with warnings.catch_warnings():
