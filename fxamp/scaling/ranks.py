@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Literal
 
@@ -87,11 +88,18 @@ def has_uneven_inputs(optimizer: torch.optim.Optimizer) -> bool:
         return False
     if optimizer not in _WRAPPERS:  # nothing leads from a parameter to its wrapper, so they are looked for, once
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        kind = DistributedDataParallel
-        found = [value for value in gc.get_objects() if issubclass(type(value), kind)]
+        # There may be millions of objects: this runs no Python code for each, as isinstance would.
+        objects, kinds = gc.get_objects(), {id(kind) for kind in _with_subclasses(DistributedDataParallel)}
+        found = itertools.compress(objects, map(kinds.__contains__, map(id, map(type, objects))))
         wrappers = (module for module in found if not owned.isdisjoint(map(id, module.parameters())))
         _WRAPPERS[optimizer] = weakref.WeakSet(wrappers)
     return any(module._join_config.enable for module in _WRAPPERS[optimizer])
+
+
+def _with_subclasses(kind: type[Any]) -> Iterator[type]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _with_subclasses(below)
 
 
 class Joining(Joinable):
