@@ -125,6 +125,37 @@ def test_a_join_without_it_is_as_with_torchs(ranks, name, calls, wrapper):
     assert_same(without_skipped(trace for _, trace in ours), [trace for _, trace in theirs])
 
 
+def wrapped_later(rank, calls):
+    """Two steps with the gradients averaged by hand, then the module is wrapped, and inputs are uneven."""
+    model, scaler = small_model(), scaler_of("ours")
+    training = Training(rank, model, scaler, Script(("sgd",)))
+    training.run(2, lambda: average(list(model.parameters())))
+    training.model = DistributedDataParallel(model)
+    with Join([training.model, scaler]):
+        training.run(calls[rank])
+    return training.result()
+
+
+def test_a_module_that_was_wrapped_after_the_first_step(ranks):
+    first, second = ranks(wrapped_later, (2, 5))
+    assert_same(first.parameters, second.parameters)
+    assert second.scales == [1024.0, 1024.0, 2048.0, 2048.0, 2048.0, 4096.0, 4096.0]
+
+
+def first_in_join(rank):
+    model, scaler = DistributedDataParallel(small_model()), scaler_of("ours")
+    with pytest.raises(FxampError, match=r"(?s)comes first in Join.*with Join\(\[ddp, scaler\]\):"):
+        Join([scaler, model])
+    with pytest.raises(FxampError, match="process_group=False joins no other rank"):
+        Join([model, scaler_of("ours", process_group=False)])
+    return True
+
+
+def test_a_join_that_could_not_end_well_is_refused_on_all_ranks(ranks):
+    """Else a rank that is out of inputs takes the flag of another for the number of ranks with inputs."""
+    assert ranks(first_in_join) == [True, True]
+
+
 # -- fully_shard -----------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 import torch
 from torch import distributed
-from torch.distributed.algorithms.join import Joinable, JoinHook
+from torch.distributed.algorithms.join import Joinable, JoinHook, _JoinConfig
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +21,7 @@ __all__ = ["Group", "Joining", "agree", "alone", "group_of", "has_uneven_inputs"
 
 Group = Any  # a torch.distributed.ProcessGroup; builds without torch.distributed have no such name
 
+_ALONE: Final = _JoinConfig.construct_disabled_join_config()  # type: ignore[no-untyped-call]
 _WRAPPERS: Final[weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[DistributedDataParallel]]] = (
     weakref.WeakKeyDictionary()
 )
@@ -106,9 +107,23 @@ class Joining(Joinable):
     """What lets a scaler be in ``with Join([ddp, scaler]):``, after which all ranks have the scale of the last one."""
 
     process_group: Group | Literal[False] | None = None
+    _joined: bool = False  # like that of torch's modules it stays after the context
     _device: str
     _scale: torch.Tensor | None
     _growth_tracker: torch.Tensor | None
+
+    @property
+    def _join_config(self) -> Any:
+        return _ALONE
+
+    @_join_config.setter
+    def _join_config(self, config: Any) -> None:
+        if config.enable and config.is_first_joinable:
+            raise FxampError(
+                "a scaler comes first in Join([...]), and tells no rank when another makes its step",
+                hint="put the module before it: with Join([ddp, scaler]):",
+            )
+        self._joined = config.enable
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """What a rank that is out of inputs does: nothing, until all are."""

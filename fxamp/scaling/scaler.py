@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
-from torch.distributed.algorithms.join import Joinable, _JoinConfig
+from torch.distributed.algorithms.join import Joinable
 
 from fxamp.errors import FxampError
 from fxamp.scaling.advice import Advice, advise
@@ -27,7 +27,6 @@ from fxamp.scaling.trail import CLOCK
 
 __all__ = ["GradScaler"]
 
-_ALONE = _JoinConfig.construct_disabled_join_config()  # type: ignore[no-untyped-call]
 _CLOSURE = "Closure use is not currently supported if GradScaler is enabled."
 
 
@@ -282,12 +281,12 @@ class GradScaler(Stepping):
         """Another scaler with these settings and this scale, that has made no step yet."""
         twin: GradScaler = object.__new__(type(self))
         state = {"_init_scale": self.get_scale(), "_init_growth_tracker": self._get_growth_tracker()}
-        fresh = {"_scale": None, "_growth_tracker": None, "_skips": Skips(self._skips.limit), "_join_config": _ALONE}
+        fresh = {"_scale": None, "_growth_tracker": None, "_skips": Skips(self._skips.limit), "_joined": False}
         twin.__dict__.update(self.__dict__ | state | fresh)
         twin._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to this process stays here: the copy has made no step yet.
-        state = super().__getstate__() | {"_skips": Skips(self._skips.limit), "_join_config": _ALONE}
+        state = super().__getstate__() | {"_skips": Skips(self._skips.limit), "_joined": False}
         return state | ({} if self.process_group is False else {"process_group": None})

@@ -121,7 +121,7 @@ class Stepping(torch.amp.GradScaler, Joining):
 
     def _agree(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         group = group_of(self.process_group)
-        if group is not None and not has_uneven_inputs(optimizer):
+        if group is not None and not self._joined and not has_uneven_inputs(optimizer):
             flags = state["found_inf_per_device"]
             if not flags:  # the other ranks may have gradients
                 scale, _ = self._check_scale_growth_tracker("unscale_")
