@@ -6,11 +6,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import fxamp
 from fxamp.scaling import GradScaler
 from tests.helpers import assert_same
-from tests.rank_models import MODELS, small_model
+from tests.rank_models import MODELS, Squares, converted, small_model
 from tests.rank_training import OPTIMIZERS, SETTINGS, Counting, Script, Training, add_fault, average
 
 GROUPS = {  # made on all ranks
@@ -193,6 +194,50 @@ def test_a_step_is_one_collective(ranks, script, group, count):
 def test_without_ranks_there_is_no_collective():
     assert not dist.is_initialized()
     assert collectives(0, FAULTS["inf"]) == ([[]] * 3, 0)
+
+
+# -- why ---------------------------------------------------------------------------------------------------
+
+
+# What holds the model, and what the rank says that did not overflow.
+KEPT = {
+    "apart": (lambda model: model, "the gradients of this rank are finite: another rank's were not"),
+    "averaged": (lambda model: model, "it came from another rank"),
+    "ddp": (DistributedDataParallel, "it came from another rank"),
+}
+
+
+def explained(rank, kept, asked):
+    """What each of three steps says on this rank, if it is asked; the second overflows on rank 1."""
+    model = KEPT[kept][0](converted(Squares(), pow="lower"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = GradScaler("cpu", init_scale=4.0)
+    found = []
+    for step in range(3):
+        scaler.backward(model(torch.full((1, 2), 1000.0 if (rank, step) == (1, 1) else 1.0)))
+        if kept == "averaged":
+            average(list(model.parameters()))
+        scaler.step(optimizer)
+        found.append((scaler.skipped, scaler.overflow() if rank in asked else None))
+        scaler.update()
+        optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("asked", [(0, 1), (0,)])
+@pytest.mark.parametrize("kept", KEPT)
+def test_the_rank_with_the_fault_names_the_call_and_no_rank_waits_for_it(ranks, kept, asked):
+    found = ranks(explained, kept, asked)
+    for rank, ((skipped, before), (fault, report), (skipped_again, after)) in enumerate(found):
+        assert (skipped, fault, skipped_again, before, after) == (False, True, False, None, None)
+        assert (report is not None) == (rank in asked)
+        if report is not None and rank == 1:
+            assert (report.phase, report.op, report.value) == ("forward", "operator.pow", "inf")
+            assert report.overrides == {"aten::pow": "fp32"}
+        elif report is not None:
+            assert KEPT[kept][1] in report.note
+            assert not report.value
+            assert bool(report.parameters) == (kept != "apart")
 
 
 # -- resuming ----------------------------------------------------------------------------------------------

@@ -75,6 +75,10 @@ class Overflow:
     def __str__(self) -> str:
         return "\n".join(line for line in (self._where(), self.note, self._override(), self._gradients()) if line)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Ranks send their reports to each other, and a mapping proxy cannot be pickled.
+        return vars(self) | {"overrides": dict(self.overrides)}
+
     def _where(self) -> str:
         if not self.phase:
             return ""
