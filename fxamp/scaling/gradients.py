@@ -12,7 +12,7 @@ from torch import nn
 from fxamp.errors import FxampError, GradientError
 from fxamp.scaling.trail import trails
 
-__all__ = ["Gradients", "clip_gradients", "is_finite", "named_parameters"]
+__all__ = ["Gradients", "clip_gradients", "is_finite", "is_spread", "named_parameters"]
 
 Optimizer = torch.optim.Optimizer
 
@@ -121,6 +121,11 @@ def is_finite(gradient: Any) -> bool:
         gradient = gradient.to_local()
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
     return bool(torch.isfinite(values).all())
+
+
+def is_spread(parameter: torch.Tensor) -> bool:
+    """Whether each rank has a part of it, of a ``DTensor`` or in ``FullyShardedDataParallel``."""
+    return hasattr(parameter, "device_mesh") or _is_flattened(parameter)
 
 
 def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> None:

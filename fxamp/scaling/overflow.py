@@ -12,7 +12,7 @@ from torch import fx
 
 from fxamp.dtypes import LOW_DTYPES, abbreviate
 from fxamp.plan import Decision
-from fxamp.scaling.gradients import is_finite, named_parameters
+from fxamp.scaling.gradients import is_finite, is_spread, named_parameters
 from fxamp.scaling.search import Origin, origin_of
 from fxamp.scaling.trail import Trail, trails
 
@@ -31,6 +31,7 @@ _NOTES: Final = {  # by how the value came about
     "cast": "{what} does not fit when it is cast; {before}",
     "summed": "{before}; the gradients of several uses add up to it, or a hook made it",
 }
+_SPREAD: Final = "each rank has a part of the parameters, so no rank can run the call again on its own"
 _NOTHING: Final = "the gradients of this rank are finite: another rank's were not"
 _CLEARED: Final = "non-finite gradients, cleared since: call overflow() between step() and zero_grad()"
 
@@ -112,8 +113,9 @@ def explain(optimizer: torch.optim.Optimizer | None, span: range) -> Overflow:
     known = [trail for trail in trails() if not owned.isdisjoint(map(id, trail.module.parameters()))]
     named = list(named_parameters(optimizer, [trail.module for trail in known]))
     bad = {name: p for name, p in named if p.grad is not None and not is_finite(p.grad)}
+    whole = [trail for trail in known if not any(map(is_spread, trail.module.parameters()))]
     failed = ""
-    for trail in known:
+    for trail in whole:
         for call in trail.calls_of(span):
             try:
                 origin = origin_of(trail.module, call)
@@ -126,7 +128,8 @@ def explain(optimizer: torch.optim.Optimizer | None, span: range) -> Overflow:
     if not bad:
         return Overflow(note=failed or (_NOTHING if any(p.grad is not None for _, p in named) else ""))
     found = _of_parameters(known, span, {id(parameter) for parameter in bad.values()})
-    return replace(found, parameters=tuple(bad), note=failed or (_ELSEWHERE if found.phase else ""))
+    otherwise = _ELSEWHERE if whole == known else _SPREAD
+    return replace(found, parameters=tuple(bad), note=failed or (otherwise if found.phase else ""))
 
 
 def _of_call(origin: Origin, variant: Any) -> Overflow:

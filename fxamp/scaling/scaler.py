@@ -271,7 +271,8 @@ class GradScaler(Stepping):
 
         The calls of converted modules that the gradients came from are run again, on the inputs they had, and searched
         for the first value that is not finite; so call it before their next call. For what cannot be run again, the
-        gradients are looked at as they are now; so call it before ``zero_grad()``. It speaks of this rank alone.
+        gradients are looked at as they are now; so call it before ``zero_grad()``. It speaks of this rank alone,
+        and runs nothing again where each rank has a part of the parameters, as with FSDP.
         """
         if not self.skipped:
             return None
