@@ -214,6 +214,17 @@ def test_clip_norm_is_clip_grad_norm_of_all_shards(ranks, optimizer):
     assert any(not torch.equal(a, b) for a, b in zip(ours[0].parameters, without[0].parameters, strict=True))
 
 
+def switched(rank):
+    amps = [shard(small_model()) for shard in (SHARDED["converted"], converted)]
+    return [amp.train(mode)(torch.ones(2, 3)).detach() for mode in (True, False, True) for amp in amps]
+
+
+def test_a_sharded_module_is_switched_between_train_and_eval(ranks):
+    """A switch generates code; torch.fx makes an endless recursion of it once fully_shard has changed the class."""
+    outputs = ranks(switched)[0]
+    assert_same(outputs[::2], outputs[1::2])
+
+
 # -- FullyShardedDataParallel ------------------------------------------------------------------------------------
 
 
