@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from fxamp.dtypes import LOW_DTYPES
 from fxamp.scaling.ranks import alone
+from fxamp.scaling.sights import Sight, look
 from fxamp.scaling.trail import Call, tensors_of
 
 __all__ = ["Origin", "kept_buffers", "origin_of"]
@@ -51,24 +52,6 @@ class Origin:
     tensor: str = ""
 
 
-@dataclass(frozen=True)
-class _Sight:
-    """The numbers of a value: whether there is a NaN, an infinity, a positive one; the largest finite magnitude.
-
-    The dtype is that of the first tensor in which not all are finite.
-    """
-
-    nan: bool = False
-    inf: bool = False
-    plus: bool = False
-    largest: float = 0.0
-    dtype: torch.dtype | None = None
-
-    @property
-    def finite(self) -> bool:
-        return not (self.nan or self.inf)
-
-
 def origin_of(module: Any, call: Call) -> Origin | None:
     """The origin of what is not finite in a call of a converted module or its gradients; None: all of it is finite."""
     root = module._root
@@ -99,7 +82,8 @@ class _Watched(fx.Interpreter):
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(root, graph=graph)
-        self._sights: dict[fx.Node, _Sight] = {}
+        self._sights: dict[fx.Node, Sight] = {}
+        self._meant: set[fx.Node] = set()  # those whose infinities the model means
         self._fits: dict[fx.Node, bool | None] = {}
         self._owners: dict[Any, fx.Node] = {}  # of the nodes of autograd
         self._output: fx.Node | None = None
@@ -108,7 +92,9 @@ class _Watched(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         tensors = tensors_of(result)
-        self._sights[n] = _look(tensors)
+        self._sights[n] = look(tensors)
+        if self._is_meant(n):
+            self._meant.add(n)
         self._claim(n, tensors)
         if n.op == "output":
             self._output = n
@@ -149,23 +135,34 @@ class _Watched(fx.Interpreter):
             value = self.fetch_attr(path)
             named = _tensors_of_module(value) if isinstance(value, nn.Module) else [("", value)]
             for name, tensor in named:
-                if not _look([tensor]).finite:
+                sight = look([tensor])
+                if not (sight.finite or (sight.masks and not isinstance(tensor, nn.Parameter))):
                     return f"{path}.{name}" if name else path
         return ""
 
     def _is_origin(self, node: fx.Node) -> bool:
         """Whether something of its value is not finite that neither its inputs have nor the model means."""
-        sight, sources = self._sights[node], [self._sights[source] for source in _inputs(node)]
-        if sight.finite:
-            return False
-        if any(source.nan for source in sources):
-            return False
-        meant = _means_infinity(node) or (node.op == "get_attr" and self._is_buffer(node))
-        meant = meant or (node.op == "placeholder" and not sight.plus)  # the mask of an attention
-        return sight.nan if meant or any(source.inf for source in sources) else True
+        return self._is_stray(node) and not any(map(self._is_stray, _inputs(node)))
 
-    def _is_buffer(self, node: fx.Node) -> bool:
-        return not isinstance(self.fetch_attr(str(node.target)), nn.Parameter)
+    def _is_stray(self, node: fx.Node) -> bool:
+        return not self._sights[node].finite and node not in self._meant
+
+    def _is_meant(self, node: fx.Node) -> bool:
+        """Whether its infinities are a mask's, or come from what the model itself names; a NaN is never meant."""
+        sight, sources = self._sights[node], [n for n in _inputs(node) if not self._sights[n].finite]
+        if sight.finite or sight.nan or not self._meant.issuperset(sources):
+            return False
+        if node.op == "placeholder" or (node.op == "get_attr" and not self._is_parameter(node)):
+            return sight.masks
+        named = _infinities(node)
+        return (
+            math.inf in named
+            or any(self._sights[n].plus for n in sources)
+            or (bool(named or sources) and not sight.plus)
+        )
+
+    def _is_parameter(self, node: fx.Node) -> bool:
+        return isinstance(self.fetch_attr(str(node.target)), nn.Parameter)
 
     def _fits_float32(self, node: fx.Node) -> bool | None:
         """Whether the call gives finite values when its inputs come in float32."""
@@ -175,7 +172,7 @@ class _Watched(fx.Interpreter):
             return True
         with suppress(Exception), torch.random.fork_rng(), torch.no_grad():
             args, kwargs = fx.node.map_aggregate(self.fetch_args_kwargs_from_env(node), _in_float32)
-            return _look(tensors_of(getattr(self, node.op)(node.target, args, kwargs))).finite
+            return look(tensors_of(getattr(self, node.op)(node.target, args, kwargs))).finite
         return None
 
     # -- backward ----------------------------------------------------------------------------------
@@ -192,7 +189,7 @@ class _Watched(fx.Interpreter):
         try:
             for given in passes:
                 seeds = {place: gradient for place, gradient in given.items() if gradient is not None}
-                sight = _look(seeds.values())
+                sight = look(seeds.values())
                 if not sight.finite:
                     return Origin("backward", self._output, "given", sight.nan, sight.largest, sight.dtype)
                 if not seeds:
@@ -204,7 +201,7 @@ class _Watched(fx.Interpreter):
                 if self._found is not None:
                     return self._found
                 for name, gradient in zip(leaves, found, strict=True):
-                    if gradient is not None and not (sight := _look([gradient])).finite:
+                    if gradient is not None and not (sight := look([gradient])).finite:
                         return Origin("backward", self._output, "hooked", sight.nan, 0.0, sight.dtype, None, name)
         finally:
             for handle in handles:
@@ -223,7 +220,7 @@ class _Watched(fx.Interpreter):
     def _passed(self, function: Any, made: tuple[Any, ...], given: tuple[Any, ...]) -> None:
         if self._found is not None:
             return
-        before, after = (_look(g for g in gradients if isinstance(g, torch.Tensor)) for gradients in (given, made))
+        before, after = (look(g for g in gradients if isinstance(g, torch.Tensor)) for gradients in (given, made))
         if before.finite and after.finite:
             return
         node = self._owners[function]
@@ -240,31 +237,6 @@ def _tensors_of_module(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def _look(tensors: Iterable[torch.Tensor]) -> _Sight:
-    sights = [_look_at(tensor.detach()) for tensor in tensors]
-    return _Sight(
-        any(sight.nan for sight in sights),
-        any(sight.inf for sight in sights),
-        any(sight.plus for sight in sights),
-        max((sight.largest for sight in sights), default=0.0),
-        next((sight.dtype for sight in sights if not sight.finite), None),
-    )
-
-
-def _look_at(tensor: torch.Tensor) -> _Sight:
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0 or tensor.is_quantized:
-        return _Sight()
-    if tensor.layout is not torch.strided:
-        tensor = tensor.coalesce().values() if tensor.is_sparse else tensor.to_dense()
-    size = tensor.abs()
-    finite = torch.isfinite(size)
-    largest = torch.where(finite, size, 0).amax().double()
-    plus = size if tensor.is_complex() else tensor
-    flags = [torch.isnan(size).any(), torch.isinf(size).any(), torch.isposinf(plus).any()]
-    nan, inf, positive, most = torch.stack([*(flag.double() for flag in flags), largest]).tolist()
-    return _Sight(bool(nan), bool(inf), bool(positive), most, tensor.dtype)
-
-
 def _inputs(node: fx.Node) -> list[fx.Node]:
     """The nodes whose values it computes with; of a cast of one weight among several, that weight."""
     if "cast" in node.meta and node.target is operator.getitem:
@@ -277,10 +249,11 @@ def _how(node: fx.Node) -> str:
     return "cast" if "cast" in node.meta else "made"
 
 
-def _means_infinity(node: fx.Node) -> bool:
+def _infinities(node: fx.Node) -> list[float]:
+    """Those among the constants of a call."""
     given: list[Any] = []
     fx.node.map_aggregate((node.args, dict(node.kwargs)), given.append)
-    return any(isinstance(value, float) and math.isinf(value) for value in given)
+    return [value for value in given if isinstance(value, float) and math.isinf(value)]
 
 
 def _in_float32(value: Any) -> Any:
