@@ -274,3 +274,14 @@ def test_a_scale_that_is_too_large_for_a_gradient():
         amp = amp.replan(kind(overrides))
         found = step(amp, inputs()[0] * 1e-3, loss=lambda result: result)
     assert found is None
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_gradient_that_was_written_to_is_named_alone(clip_norm):
+    amp = converted()
+    optimizer = torch.optim.SGD(amp.parameters(), lr=0.1)
+    amp.scaler.backward(amp(*inputs())[0])
+    amp.blocks[1].up.weight.grad[0, 0] = math.nan
+    amp.scaler.step(optimizer, clip_norm=clip_norm)
+    found = amp.scaler.overflow()
+    assert (found.parameters, found.module, found.value) == (("blocks.1.up.weight",), "blocks.1.up", "")
