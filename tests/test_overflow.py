@@ -285,3 +285,85 @@ def test_a_gradient_that_was_written_to_is_named_alone(clip_norm):
     amp.scaler.step(optimizer, clip_norm=clip_norm)
     found = amp.scaler.overflow()
     assert (found.parameters, found.module, found.value) == (("blocks.1.up.weight",), "blocks.1.up", "")
+
+
+# -- several calls -----------------------------------------------------------------------------------------
+
+
+def layer():
+    return fxamp.convert(nn.Sequential(nn.Linear(8, 8)), dtype=torch.float16, device_type="cpu")
+
+
+def chain(calls, parameters, factor=1.0):
+    """What is said of a step through several calls, each of what the one before gave."""
+    optimizer, scaler = torch.optim.SGD(parameters, lr=0.1), fxamp.GradScaler("cpu", init_scale=1024.0)
+    x = torch.ones(4, 8)
+    for call in calls:
+        x = call(x)
+    scaler.backward(x.float().mean() * factor)
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.overflow()
+
+
+def set_weight(amp, value):
+    with torch.no_grad():
+        amp.get_parameter("0.weight").fill_(value)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_several_modules_the_one_that_made_it_is_named(turned):
+    kept = []
+    for _ in range(4):  # they are found in no order of their own
+        first, second = [layer(), layer()][:: -1 if turned else 1]
+        kept += [first, second]
+        set_weight(first, 6e4)
+        found = chain([first, second], [*first.parameters(), *second.parameters()])
+        assert (found.phase, found.op, found.module) == ("forward", "F.linear", "0")
+        set_weight(first, 0.0)
+        set_weight(second, 3e3)
+        found = chain([first, second], [*first.parameters(), *second.parameters()])
+        assert (found.phase, found.op, found.module) == ("backward", "F.linear", "0")
+
+
+def test_of_several_calls_of_one_module_the_one_that_made_it_is_named():
+    amp = layer()
+    set_weight(amp, 1e3)
+    found = chain([amp, amp], amp.parameters())
+    assert (found.phase, found.op) == ("forward", "F.linear")
+    assert found.largest == pytest.approx(8e3, rel=0.01)
+
+
+def test_a_module_whose_parameters_are_not_trained_may_have_made_it():
+    generator, judge = layer(), layer()
+    set_weight(judge, 3e3)
+    found = chain([generator, judge], [*generator.parameters()])
+    assert (found.phase, found.op, found.module) == ("backward", "F.linear", "0")
+    assert found.largest == 32
+
+
+def test_a_function_without_parameters_may_have_made_it():
+    multiply = fxamp.convert(lambda x, w: x @ w, dtype=torch.float16, device_type="cpu")
+    weight = torch.full((8, 8), 3e3, requires_grad=True)
+    found = chain([lambda x: x * weight[0, 0] / 3e4, lambda x: multiply(x, weight)], [weight])
+    assert (found.phase, found.op) == ("backward", "operator.matmul")
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return x + x
+
+
+def test_the_gradients_of_an_input_may_not_fit_when_they_are_added():
+    first, second = layer(), fxamp.convert(Double(), dtype=torch.float16, device_type="cpu")
+    set_weight(first, 0.0)
+    found = chain([first, second], [*first.parameters()], factor=1500.0)
+    assert (found.phase, found.op, found.node) == ("backward", "placeholder", "x")
+
+
+def test_with_nothing_but_inputs_to_name_it_is_the_first():
+    first, second = layer(), layer()
+    with torch.no_grad():
+        first.get_parameter("0.bias").fill_(0)
+    found = chain([lambda x: x * INF, first, second], [*first.parameters(), *second.parameters()])
+    assert (found.phase, found.op, found.value) == ("forward", "placeholder", "inf")

@@ -51,6 +51,11 @@ class Origin:
     fits: bool | None = None
     tensor: str = ""
 
+    @property
+    def is_outside(self) -> bool:
+        """Whether it is in what comes into the call, so that another call may have made it."""
+        return self.how == "given" and not self.tensor
+
 
 def origin_of(module: Any, call: Call) -> Origin | None:
     """The origin of what is not finite in a call of a converted module or its gradients; None: all of it is finite."""
@@ -61,7 +66,9 @@ def origin_of(module: Any, call: Call) -> Origin | None:
         call.restore_random_state()
         variant = replace(call.variant, function=lambda _, *values: watched.run(*values))
         outputs = tensors_of(module._run(variant, call.values))
-        leaves = {name: p for name, p in root.named_parameters() if p.requires_grad}
+        places = [n for n in call.variant.graph.nodes if n.op == "placeholder"]
+        named = (*zip(places, call.values, strict=True), *root.named_parameters())
+        leaves = {name: leaf for name, leaf in named if isinstance(leaf, torch.Tensor) and leaf.requires_grad}
         return watched.forward_origin(outputs) or watched.backward_origin(outputs, call.passes, leaves)
 
 
@@ -181,9 +188,9 @@ class _Watched(fx.Interpreter):
         self,
         outputs: list[torch.Tensor],
         passes: list[dict[int, torch.Tensor | None]],
-        leaves: Mapping[str, torch.Tensor],
+        leaves: Mapping[str | fx.Node, torch.Tensor],
     ) -> Origin | None:
-        """Where a gradient stopped to be finite, with these gradients of the outputs."""
+        """Where a gradient stopped to be finite, with these gradients of the outputs; inputs go by their nodes."""
         assert self._output is not None
         handles = [node.register_hook(functools.partial(self._passed, node)) for node in self._owners]
         try:
@@ -200,9 +207,12 @@ class _Watched(fx.Interpreter):
                 )
                 if self._found is not None:
                     return self._found
-                for name, gradient in zip(leaves, found, strict=True):
+                for leaf, gradient in zip(leaves, found, strict=True):
                     if gradient is not None and not (sight := look([gradient])).finite:
-                        return Origin("backward", self._output, "hooked", sight.nan, 0.0, sight.dtype, None, name)
+                        node, how, name = (
+                            (self._output, "hooked", leaf) if isinstance(leaf, str) else (leaf, "summed", "")
+                        )
+                        return Origin("backward", node, how, sight.nan, sight.largest, sight.dtype, None, name)
         finally:
             for handle in handles:
                 handle.remove()
