@@ -1,5 +1,6 @@
 """Where a skipped step came from: the first value that is not finite is named, and what is proposed helps."""
 
+import copy
 import math
 
 import pytest
@@ -347,6 +348,26 @@ def test_a_function_without_parameters_may_have_made_it():
     weight = torch.full((8, 8), 3e3, requires_grad=True)
     found = chain([lambda x: x * weight[0, 0] / 3e4, lambda x: multiply(x, weight)], [weight])
     assert (found.phase, found.op) == ("backward", "operator.matmul")
+
+
+def test_a_backward_pass_may_come_after_the_report():
+    model = Network()
+    model.blocks[1].up = nn.Sequential(Scaled(), model.blocks[1].up)
+    gradients = []
+    for looks in (False, True):
+        amp = converted(copy.deepcopy(model))
+        optimizer = torch.optim.SGD(amp.parameters(), lr=0.1)
+        torch.manual_seed(3)
+        first, second = amp(*inputs())[0], amp(*inputs())[0]
+        amp.scaler.backward(first * INF)
+        amp.scaler.step(optimizer)
+        if looks:
+            assert amp.scaler.overflow().phase == "backward"
+        amp.scaler.update()
+        optimizer.zero_grad()
+        amp.scaler.backward(second)
+        gradients.append([parameter.grad for parameter in amp.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 class Double(nn.Module):

@@ -79,9 +79,8 @@ def kept_buffers(root: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        for buffer, before in buffers:
+            buffer.data.copy_(before)  # no news to a backward pass that is to come
 
 
 class _Watched(fx.Interpreter):
