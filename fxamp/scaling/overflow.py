@@ -13,7 +13,8 @@ from torch import fx
 from fxamp.dtypes import LOW_DTYPES, abbreviate
 from fxamp.plan import Decision
 from fxamp.scaling.gradients import is_finite, is_spread, named_parameters
-from fxamp.scaling.search import Origin, origin_of
+from fxamp.scaling.search import origin_of
+from fxamp.scaling.sights import Origin
 from fxamp.scaling.trail import Call, Trail, trails
 
 __all__ = ["Overflow", "explain"]

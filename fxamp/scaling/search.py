@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,42 +19,10 @@ from torch import fx, nn
 
 from fxamp.dtypes import LOW_DTYPES
 from fxamp.scaling.ranks import alone
-from fxamp.scaling.sights import Sight, look
+from fxamp.scaling.sights import Origin, Sight, look
 from fxamp.scaling.trail import Call, tensors_of
 
-__all__ = ["Origin", "kept_buffers", "origin_of"]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where the first value that is not finite appeared.
-
-    Attributes:
-        phase: "forward" or "backward".
-        node: of the graph.
-        how: "made" from finite values, in a "cast" of the pass, "given" as an input, a parameter or a gradient from
-            outside, "summed" of the gradients of several uses of the node's value (or what a hook made of one), or
-            "hooked": what a hook made of the gradient of the parameter ``tensor``.
-        nan: whether it is a NaN.
-        largest: the largest finite magnitude among what it was made from.
-        dtype: of the tensor it is in.
-        fits: whether the call gives finite values in float32; None when that is not known.
-        tensor: the path of the parameter or buffer that was given.
-    """
-
-    phase: str
-    node: fx.Node
-    how: str
-    nan: bool
-    largest: float
-    dtype: torch.dtype | None
-    fits: bool | None = None
-    tensor: str = ""
-
-    @property
-    def is_outside(self) -> bool:
-        """Whether it is in what comes into the call, so that another call may have made it."""
-        return self.how == "given" and not self.tensor
+__all__ = ["kept_buffers", "origin_of"]
 
 
 def origin_of(module: Any, call: Call) -> Origin | None:
@@ -65,11 +33,16 @@ def origin_of(module: Any, call: Call) -> Origin | None:
     with torch.random.fork_rng(devices), kept_buffers(root), torch.enable_grad(), alone():
         call.restore_random_state()
         variant = replace(call.variant, function=lambda _, *values: watched.run(*values))
-        outputs = tensors_of(module._run(variant, call.values))
+        values = [value.clone() if isinstance(value, torch.Tensor) else value for value in call.values]
+        outputs = tensors_of(module._run(variant, values))  # which may write to them
         places = [n for n in call.variant.graph.nodes if n.op == "placeholder"]
         named = (*zip(places, call.values, strict=True), *root.named_parameters())
         leaves = {name: leaf for name, leaf in named if isinstance(leaf, torch.Tensor) and leaf.requires_grad}
-        return watched.forward_origin(outputs) or watched.backward_origin(outputs, call.passes, leaves)
+        used = watched.sources_of([outputs[i] for given in call.passes for i in given])
+        found = watched.forward_origin(_last(used)) or watched.backward_origin(outputs, call.passes, leaves)
+        if found is not None and found.is_outside and found.phase == "backward":
+            found = watched.forward_origin(used) or found
+        return found
 
 
 @contextmanager
@@ -93,6 +66,7 @@ class _Watched(fx.Interpreter):
         self._fits: dict[fx.Node, bool | None] = {}
         self._owners: dict[Any, fx.Node] = {}  # of the nodes of autograd
         self._output: fx.Node | None = None
+        self._sources: dict[int, fx.Node] = {}  # of outputs, by the ids of these
         self._found: Origin | None = None
 
     def run_node(self, n: fx.Node) -> Any:
@@ -104,19 +78,20 @@ class _Watched(fx.Interpreter):
         self._claim(n, tensors)
         if n.op == "output":
             self._output = n
+            self._sources = {id(tensor): source for source in _inputs(n) for tensor in tensors_of(self.env[source])}
         elif self._is_origin(n):
             self._fits[n] = self._fits_float32(n)
         return result
 
     # -- forward -----------------------------------------------------------------------------------
 
-    def forward_origin(self, outputs: list[torch.Tensor]) -> Origin | None:
-        """Where an output that gradients come from stopped to be finite."""
-        assert self._output is not None
-        ends = [n for n in self._output.all_input_nodes if not self._sights[n].finite]
-        if all(bool(torch.isfinite(output).all()) for output in outputs if output.requires_grad):
-            return None
-        return self._trace_back(ends)
+    def sources_of(self, outputs: Iterable[torch.Tensor]) -> list[fx.Node]:
+        """The nodes with these outputs."""
+        return list(dict.fromkeys(self._sources[id(output)] for output in outputs))
+
+    def forward_origin(self, ends: Iterable[fx.Node]) -> Origin | None:
+        """Where one of the values of these nodes stopped to be finite."""
+        return self._trace_back(node for node in ends if not self._sights[node].finite)
 
     def _trace_back(self, ends: Iterable[fx.Node]) -> Origin | None:
         """The first of all calls that the values of these nodes come from and that made something not finite."""
@@ -190,32 +165,46 @@ class _Watched(fx.Interpreter):
         leaves: Mapping[str | fx.Node, torch.Tensor],
     ) -> Origin | None:
         """Where a gradient stopped to be finite, with these gradients of the outputs; inputs go by their nodes."""
-        assert self._output is not None
         handles = [node.register_hook(functools.partial(self._passed, node)) for node in self._owners]
         try:
-            for given in passes:
-                seeds = {place: gradient for place, gradient in given.items() if gradient is not None}
-                sight = look(seeds.values())
-                if not sight.finite:
-                    return Origin("backward", self._output, "given", sight.nan, sight.largest, sight.dtype)
-                if not seeds:
-                    continue
-                ends = [outputs[i] for i in seeds]
-                found = torch.autograd.grad(
-                    ends, [*leaves.values()], list(seeds.values()), retain_graph=True, allow_unused=True
-                )
-                if self._found is not None:
-                    return self._found
-                for leaf, gradient in zip(leaves, found, strict=True):
-                    if gradient is not None and not (sight := look([gradient])).finite:
-                        node, how, name = (
-                            (self._output, "hooked", leaf) if isinstance(leaf, str) else (leaf, "summed", "")
-                        )
-                        return Origin("backward", node, how, sight.nan, sight.largest, sight.dtype, None, name)
+            return next(filter(None, (self._origin_of_pass(outputs, given, leaves) for given in passes)), None)
         finally:
             for handle in handles:
                 handle.remove()
-        return None
+
+    def _origin_of_pass(
+        self,
+        outputs: list[torch.Tensor],
+        given: Mapping[int, torch.Tensor | None],
+        leaves: Mapping[str | fx.Node, torch.Tensor],
+    ) -> Origin | None:
+        assert self._output is not None
+        kept = {i: g for i, g in given.items() if g is not None and outputs[i].grad_fn is not None}
+        if not kept:
+            return None
+        ends: list[Any] = [outputs[i] for i in kept]
+        handles = [
+            end.grad_fn.register_prehook(functools.partial(self._arrived, end.grad_fn, end.output_nr, gradient))
+            for end, gradient in zip(ends, kept.values(), strict=True)
+        ]
+        nothing = [torch.zeros_like(end) for end in ends]
+        found = torch.autograd.grad(ends, [*leaves.values()], nothing, retain_graph=True, allow_unused=True)
+        for handle in handles:
+            handle.remove()
+        for leaf, gradient in zip(leaves, found, strict=True):
+            if self._found is None and gradient is not None and not (sight := look([gradient])).finite:
+                node, how, name = (self._output, "hooked", leaf) if isinstance(leaf, str) else (leaf, "summed", "")
+                self._found = Origin("backward", node, how, sight.nan, sight.largest, sight.dtype, None, name)
+        return self._found
+
+    def _arrived(self, function: Any, number: int, gradient: torch.Tensor, gradients: tuple[Any, ...]) -> Any:
+        """Puts the gradient that an output got in the place of what the rest of the graph gives it, which is a part."""
+        here = look(part for part in gradients[number : number + 1] if part is not None)
+        if self._found is None and not (sight := look([gradient])).finite:
+            node, how = (self._output, "given") if here.finite else (self._owners[function], "summed")
+            assert node is not None
+            self._found = Origin("backward", node, how, sight.nan, sight.largest, sight.dtype)
+        return (*gradients[:number], gradient, *gradients[number + 1 :])
 
     def _claim(self, node: fx.Node, tensors: list[torch.Tensor]) -> None:
         """Notes that the nodes of autograd which are new belong to a node of the graph."""
@@ -252,6 +241,17 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
         together, index = node.args
         return [together.all_input_nodes[index]]  # type: ignore[union-attr, index]
     return node.all_input_nodes
+
+
+def _last(nodes: list[fx.Node]) -> list[fx.Node]:
+    """Those among them that no other is computed with."""
+    waiting, seen = [source for node in nodes for source in _inputs(node)], set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting += _inputs(node)
+    return [node for node in nodes if node not in seen]
 
 
 def _how(node: fx.Node) -> str:

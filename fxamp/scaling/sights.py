@@ -1,4 +1,4 @@
-"""What is to be seen of a value whose numbers are not all finite?"""
+"""What is to be seen of a value whose numbers are not all finite, and what is known of where it came from?"""
 
 from __future__ import annotations
 
@@ -6,8 +6,41 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
-__all__ = ["Sight", "look"]
+__all__ = ["Origin", "Sight", "look"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the first value that is not finite appeared.
+
+    Attributes:
+        phase: "forward" or "backward".
+        node: of the graph.
+        how: "made" from finite values, in a "cast" of the pass, "given" as an input, a parameter or a gradient from
+            outside, "summed" of the gradients of several uses of the node's value (or what a hook made of one), or
+            "hooked": what a hook made of the gradient of the parameter ``tensor``.
+        nan: whether it is a NaN.
+        largest: the largest finite magnitude among what it was made from.
+        dtype: of the tensor it is in.
+        fits: whether the call gives finite values in float32; None when that is not known.
+        tensor: the path of the parameter or buffer that was given.
+    """
+
+    phase: str
+    node: fx.Node
+    how: str
+    nan: bool
+    largest: float
+    dtype: torch.dtype | None
+    fits: bool | None = None
+    tensor: str = ""
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether it is in what comes into the call, so that another call may have made it."""
+        return self.how == "given" and not self.tensor
 
 
 @dataclass(frozen=True)
