@@ -118,6 +118,16 @@ def test_a_weight_that_float16_cannot_hold_is_named_at_its_cast():
     assert found.note.startswith("its input does not fit when it is cast")
 
 
+def test_calls_are_named_in_the_order_of_the_model_and_not_of_the_casts():
+    model = Network()
+    amp = converted(model)
+    enlarge(amp, "blocks.0.up.weight", 1e5)
+    with torch.no_grad():
+        amp.head.weight[0, 0] = 1e6
+    found = step(amp, inputs()[0] * 10, inputs()[1])
+    assert (found.phase, found.module) == ("forward", "blocks.0.up")
+
+
 @pytest.mark.parametrize("bad", [math.nan, INF])
 def test_a_parameter_that_is_not_finite(bad):
     amp = converted()

@@ -101,8 +101,10 @@ class _Watched(fx.Interpreter):
             if node not in seen:
                 seen.add(node)
                 waiting += [source for source in _inputs(node) if not self._sights[source].finite]
-        for node in self._sights:
-            if node in seen and self._is_origin(node):
+        places = {node.name: i for i, node in enumerate(self._sights)}
+        # Weights are cast before the first call; what matters is the place of the call that they are cast for.
+        for node in sorted(seen, key=lambda node: places.get(node.meta.get("for", ""), places[node.name])):
+            if self._is_origin(node):
                 sight, tensor = self._sights[node], self._bad_tensor(node)
                 how = "given" if node.op == "placeholder" or tensor else _how(node)
                 largest = max((self._sights[source].largest for source in _inputs(node)), default=sight.largest)
