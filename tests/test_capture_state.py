@@ -287,6 +287,14 @@ def test_variables_that_a_forward_sets_are_refused_and_put_back(function: Any) -
     assert (KEPT, CALLS, type(model).h) == (None, 0, None)
 
 
+MISSING = float("nan")
+FILLS = {"missing": MISSING}
+
+
+def test_a_nan_in_a_variable_of_the_file_has_not_changed() -> None:
+    check_against_autocast(Net(lambda m, x: torch.where(x > 0, m.fc(x), MISSING + FILLS["missing"])), rows())
+
+
 def test_what_is_written_and_read_in_one_call_is_followed() -> None:
     def remembering(m: Any, x: Tensor) -> Tensor:
         m.last = m.fc(x)

@@ -1,5 +1,6 @@
 """Where a skipped step came from: the first value that is not finite is named, and what is proposed helps."""
 
+import copy
 import math
 
 import pytest
@@ -117,6 +118,16 @@ def test_a_weight_that_float16_cannot_hold_is_named_at_its_cast():
     assert found.note.startswith("its input does not fit when it is cast")
 
 
+def test_calls_are_named_in_the_order_of_the_model_and_not_of_the_casts():
+    model = Network()
+    amp = converted(model)
+    enlarge(amp, "blocks.0.up.weight", 1e5)
+    with torch.no_grad():
+        amp.head.weight[0, 0] = 1e6
+    found = step(amp, inputs()[0] * 10, inputs()[1])
+    assert (found.phase, found.module) == ("forward", "blocks.0.up")
+
+
 @pytest.mark.parametrize("bad", [math.nan, INF])
 def test_a_parameter_that_is_not_finite(bad):
     amp = converted()
@@ -178,6 +189,46 @@ def test_a_row_that_is_masked_whole_is_blamed_on_the_softmax():
     assert (found.phase, found.node, found.value) == ("forward", "softmax", "nan")
 
 
+class Scaled(nn.Module):
+    """A layer whose output is multiplied by a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.register_buffer("gain", torch.tensor(1.0))
+
+    def forward(self, x):
+        return self.inner(x) * self.gain
+
+
+@pytest.mark.parametrize("bad", [INF, -INF])
+def test_an_infinite_buffer_is_no_mask_when_it_multiplies(bad):
+    model = Network()
+    model.blocks[1].up = nn.Sequential(Scaled(), model.blocks[1].up)
+    amp = converted(model)
+    amp.blocks[1].up[0].gain.fill_(bad)
+    found = step(amp, *inputs())
+    assert (found.phase, found.module) == ("forward", "blocks.1.up.0")
+
+
+def test_a_negative_infinity_among_data_is_no_mask():
+    x, y = inputs()
+    x[3, 4] = -INF
+    found = step(converted(), x, y)
+    assert (found.phase, found.op) == ("forward", "placeholder")
+
+
+def test_the_mask_of_a_module_that_is_not_traced_into_is_not_blamed():
+    attention = Attention("buffer")
+    attention.register_forward_hook(lambda module, args, output: None)
+    amp = converted(nn.Sequential(attention), None)
+    for path in ("0.q", "0.k"):
+        enlarge(amp, f"{path}.weight", 1000)
+    found = step(amp, inputs()[0], loss=lambda result: result)
+    assert (found.phase, found.module, found.value) == ("forward", "0", "nan")
+    assert "mask" not in found.note
+
+
 def test_an_infinity_that_leaves_no_trace_but_in_the_gradient():
     amp = converted(Apply(lambda x: 1 / torch.exp(x.half() * 0 + 12)), None)
     found = step(amp, inputs()[0], loss=lambda result: result)
@@ -220,7 +271,7 @@ def test_every_place_in_the_backward(place, factor):
     amp.get_submodule(f"blocks.{place}.down.1").factor.fill_(factor)
     found = step(amp, *inputs())
     assert found.module == f"blocks.{place}.down.1"
-    assert found.phase == ("forward" if math.isnan(factor) else "backward")  # the buffer is a value of the forward
+    assert found.phase == "forward"  # the buffer is a value of it
 
 
 def test_a_scale_that_is_too_large_for_a_gradient():
@@ -234,3 +285,116 @@ def test_a_scale_that_is_too_large_for_a_gradient():
         amp = amp.replan(kind(overrides))
         found = step(amp, inputs()[0] * 1e-3, loss=lambda result: result)
     assert found is None
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_gradient_that_was_written_to_is_named_alone(clip_norm):
+    amp = converted()
+    optimizer = torch.optim.SGD(amp.parameters(), lr=0.1)
+    amp.scaler.backward(amp(*inputs())[0])
+    amp.blocks[1].up.weight.grad[0, 0] = math.nan
+    amp.scaler.step(optimizer, clip_norm=clip_norm)
+    found = amp.scaler.overflow()
+    assert (found.parameters, found.module, found.value) == (("blocks.1.up.weight",), "blocks.1.up", "")
+
+
+# -- several calls -----------------------------------------------------------------------------------------
+
+
+def layer():
+    return fxamp.convert(nn.Sequential(nn.Linear(8, 8)), dtype=torch.float16, device_type="cpu")
+
+
+def chain(calls, parameters, factor=1.0):
+    """What is said of a step through several calls, each of what the one before gave."""
+    optimizer, scaler = torch.optim.SGD(parameters, lr=0.1), fxamp.GradScaler("cpu", init_scale=1024.0)
+    x = torch.ones(4, 8)
+    for call in calls:
+        x = call(x)
+    scaler.backward(x.float().mean() * factor)
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.overflow()
+
+
+def set_weight(amp, value):
+    with torch.no_grad():
+        amp.get_parameter("0.weight").fill_(value)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_several_modules_the_one_that_made_it_is_named(turned):
+    kept = []
+    for _ in range(4):  # they are found in no order of their own
+        first, second = [layer(), layer()][:: -1 if turned else 1]
+        kept += [first, second]
+        set_weight(first, 6e4)
+        found = chain([first, second], [*first.parameters(), *second.parameters()])
+        assert (found.phase, found.op, found.module) == ("forward", "F.linear", "0")
+        set_weight(first, 0.0)
+        set_weight(second, 3e3)
+        found = chain([first, second], [*first.parameters(), *second.parameters()])
+        assert (found.phase, found.op, found.module) == ("backward", "F.linear", "0")
+
+
+def test_of_several_calls_of_one_module_the_one_that_made_it_is_named():
+    amp = layer()
+    set_weight(amp, 1e3)
+    found = chain([amp, amp], amp.parameters())
+    assert (found.phase, found.op) == ("forward", "F.linear")
+    assert found.largest == pytest.approx(8e3, rel=0.01)
+
+
+def test_a_module_whose_parameters_are_not_trained_may_have_made_it():
+    generator, judge = layer(), layer()
+    set_weight(judge, 3e3)
+    found = chain([generator, judge], [*generator.parameters()])
+    assert (found.phase, found.op, found.module) == ("backward", "F.linear", "0")
+    assert found.largest == 32
+
+
+def test_a_function_without_parameters_may_have_made_it():
+    multiply = fxamp.convert(lambda x, w: x @ w, dtype=torch.float16, device_type="cpu")
+    weight = torch.full((8, 8), 3e3, requires_grad=True)
+    found = chain([lambda x: x * weight[0, 0] / 3e4, lambda x: multiply(x, weight)], [weight])
+    assert (found.phase, found.op) == ("backward", "operator.matmul")
+
+
+def test_a_backward_pass_may_come_after_the_report():
+    model = Network()
+    model.blocks[1].up = nn.Sequential(Scaled(), model.blocks[1].up)
+    gradients = []
+    for looks in (False, True):
+        amp = converted(copy.deepcopy(model))
+        optimizer = torch.optim.SGD(amp.parameters(), lr=0.1)
+        torch.manual_seed(3)
+        first, second = amp(*inputs())[0], amp(*inputs())[0]
+        amp.scaler.backward(first * INF)
+        amp.scaler.step(optimizer)
+        if looks:
+            assert amp.scaler.overflow().phase == "backward"
+        amp.scaler.update()
+        optimizer.zero_grad()
+        amp.scaler.backward(second)
+        gradients.append([parameter.grad for parameter in amp.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return x + x
+
+
+def test_the_gradients_of_an_input_may_not_fit_when_they_are_added():
+    first, second = layer(), fxamp.convert(Double(), dtype=torch.float16, device_type="cpu")
+    set_weight(first, 0.0)
+    found = chain([first, second], [*first.parameters()], factor=1500.0)
+    assert (found.phase, found.op, found.node) == ("backward", "placeholder", "x")
+
+
+def test_with_nothing_but_inputs_to_name_it_is_the_first():
+    first, second = layer(), layer()
+    with torch.no_grad():
+        first.get_parameter("0.bias").fill_(0)
+    found = chain([lambda x: x * INF, first, second], [*first.parameters(), *second.parameters()])
+    assert (found.phase, found.op, found.value) == ("forward", "placeholder", "inf")

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import fxamp
@@ -238,3 +239,64 @@ def test_after_max_skips_in_a_row_there_is_an_error_with_the_report():
         assert str(error.value).startswith("3 iterations in a row had a skipped step, and the scale is down to ")
         assert "'head.weight' of the model is not finite when it comes in" in str(error.value)
     assert amp.scaler.get_scale() == 2.0**10
+
+
+def scaled_loss(output, target):
+    return (output.float() * 40).sum()
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_the_gradient_of_an_output_is_what_it_was(outside):
+    """It has a part from the loss of the graph, which is not to be counted twice."""
+    amp = converted(nn.Sequential(nn.Linear(8, 1)), None if outside else scaled_loss)
+    optimizer, scaler = torch.optim.SGD(amp.parameters(), lr=0.1), fxamp.GradScaler("cpu", init_scale=1024.0)
+    x, y = (tensor[:1] for tensor in inputs())
+    x *= 0.1
+    scaler.backward(scaled_loss(amp(x), y) if outside else amp(x, y)[0])
+    amp.get_parameter("0.weight").grad[0, 0] = INF
+    scaler.step(optimizer)
+    found = scaler.overflow()
+    assert (found.value, found.parameters) == ("", ("0.weight",))
+
+
+def test_the_loss_in_a_graph_is_named_for_what_it_makes():
+    amp = converted(nn.Sequential(nn.Linear(8, 1)), scaled_loss)
+    amp.scaler = fxamp.GradScaler("cpu", init_scale=2.0**20)
+    found = step(amp, *inputs())
+    assert (found.phase, found.op) == ("backward", "Tensor.float")
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(8, 1), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.used(x), self.unused(x)
+
+
+def test_an_output_without_a_gradient_is_not_blamed():
+    amp = converted(Two(), None)
+    enlarge(amp, "unused.weight", 6e4 * 1e3)
+    x, _ = inputs()
+    found = step(amp, x, loss=lambda outputs: outputs[0].float().mean() * 1e38)
+    assert (found.phase, found.op) == ("backward", "output")
+
+
+class Writes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+
+    def forward(self, x, memory):
+        memory.mul_(2)
+        return self.first(x) + memory
+
+
+def test_an_input_is_not_written_to_again():
+    amp = converted(Writes(), None)
+    enlarge(amp, "first.weight", 1e6)
+    memory = torch.ones(8)
+    found = step(amp, inputs()[0], memory, loss=lambda output: output.float().square().mean())
+    assert (found.phase, found.module) == ("forward", "first")
+    assert torch.equal(memory, torch.full((8,), 2.0))

@@ -50,7 +50,7 @@ class Outside:
                 value.clear()
                 value.extend(copied)
         for value, numbers in self._counted:
-            if any(value.get(key, number) != number for key, number in numbers.items()):
+            if any(_is_other(value.get(key, number), number) for key, number in numbers.items()):
                 found = "counts in a dict of a global or class variable, which a graph would forget"
                 value.update(numbers)
         for owner, before in zip(self._owners, self._before, strict=True):
@@ -105,8 +105,12 @@ def _numbers(values: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def _is_new(value: Any, before: Any) -> bool:
     if isinstance(value, _NUMBERS) and isinstance(before, _NUMBERS):
-        return value != before
+        return _is_other(value, before)
     return value is not before and any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(value))
+
+
+def _is_other(value: Any, before: Any) -> bool:
+    return value is not before and bool(value != before)  # a NaN is not even equal to itself
 
 
 def _put_back(owner: Any, name: str, before: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final
@@ -13,8 +13,9 @@ from torch import fx
 from fxamp.dtypes import LOW_DTYPES, abbreviate
 from fxamp.plan import Decision
 from fxamp.scaling.gradients import is_finite, is_spread, named_parameters
-from fxamp.scaling.search import Origin, origin_of
-from fxamp.scaling.trail import Trail, trails
+from fxamp.scaling.search import origin_of
+from fxamp.scaling.sights import Origin
+from fxamp.scaling.trail import Call, Trail, trails
 
 __all__ = ["Overflow", "explain"]
 
@@ -113,23 +114,52 @@ def explain(optimizer: torch.optim.Optimizer | None, span: range) -> Overflow:
     known = [trail for trail in trails() if not owned.isdisjoint(map(id, trail.module.parameters()))]
     named = list(named_parameters(optimizer, [trail.module for trail in known]))
     bad = {name: p for name, p in named if p.grad is not None and not is_finite(p.grad)}
-    whole = [trail for trail in known if not any(map(is_spread, trail.module.parameters()))]
-    failed = ""
-    for trail in whole:
-        for call in trail.calls_of(span):
-            try:
-                origin = origin_of(trail.module, call)
-            except Exception as error:  # of the model's own code, or of tensors that are elsewhere by now
-                failed = f"the call could not be run again: {type(error).__name__}: {error}".partition("\n")[0]
-                continue
-            if origin is not None:
-                found = _of_hook(origin, trail, span) if origin.how == "hooked" else _of_call(origin, call.variant)
-                return replace(found, parameters=tuple(bad), note=found.note + _WRITTEN * call.was_written_to())
+    whole = [trail for trail in trails() if not any(map(is_spread, trail.module.parameters()))]
+    failures: list[str] = []
+    calls = [(trail, call) for trail in whole if trail in known for call in trail.calls_of(span)]
+    origins = list(_origins(calls, failures))
+    if all(origin.is_outside for origin, *_ in origins) and (origins or not calls):
+        others = [(trail, call) for trail in whole if trail not in known for call in trail.calls_of(span)]
+        found = _origins((pair for pair in others if _is_between(*pair, calls)), failures)
+        origins += [made for made in found if not made[0].is_outside]
+    if origins:
+        origin, trail, call = _first(origins)
+        told = _of_hook(origin, trail, span) if origin.how == "hooked" else _of_call(origin, call.variant)
+        return replace(told, parameters=tuple(bad), note=told.note + _WRITTEN * call.was_written_to())
+    failed = failures[-1] if failures else ""
     if not bad:
         return Overflow(note=failed or (_NOTHING if any(p.grad is not None for _, p in named) else ""))
-    found = _of_parameters(known, span, {id(parameter) for parameter in bad.values()})
-    otherwise = _ELSEWHERE if whole == known else _SPREAD
-    return replace(found, parameters=tuple(bad), note=failed or (otherwise if found.phase else ""))
+    told = _of_parameters(known, span, {id(parameter) for parameter in bad.values()})
+    otherwise = _ELSEWHERE if all(trail in whole for trail in known) else _SPREAD
+    return replace(told, parameters=tuple(bad), note=failed or (otherwise if told.phase else ""))
+
+
+def _origins(calls: Iterable[tuple[Trail, Call]], failures: list[str]) -> Iterator[tuple[Origin, Trail, Call]]:
+    """Those of these calls, in their order; it ends with the first that a call itself made."""
+    for trail, call in sorted(calls, key=lambda pair: pair[1].number):
+        try:
+            origin = origin_of(trail.module, call)
+        except Exception as error:  # of the model's own code, or of tensors that are elsewhere by now
+            failures.append(f"the call could not be run again: {type(error).__name__}: {error}".partition("\n")[0])
+            continue
+        if origin is not None:
+            yield origin, trail, call
+            if not origin.is_outside:
+                return
+
+
+def _is_between(trail: Trail, call: Call, calls: list[tuple[Trail, Call]]) -> bool:
+    """Whether a call of what is not trained may have made it: of the judge of a generator, or of a loss function."""
+    if not calls:
+        return next(trail.module.parameters(), None) is None
+    return any(not call.tasks.isdisjoint(other.tasks) for _, other in calls)
+
+
+def _first(origins: list[tuple[Origin, Trail, Call]]) -> tuple[Origin, Trail, Call]:
+    """The one that a call made; else the first input, or the last output, for gradients come from there."""
+    made = [found for found in origins if not found[0].is_outside]
+    forward = [found for found in origins if found[0].phase == "forward"]
+    return (made or forward or origins[::-1])[0]
 
 
 def _of_call(origin: Origin, variant: Any) -> Overflow:

@@ -207,11 +207,14 @@ class GradScaler(Stepping):
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         if clip_norm is not None:
             if state["stage"] is OptState.READY:
                 self.unscale_(optimizer)
-            clip_gradients(optimizer, clip_norm)
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+            if fused:
+                clip_gradients(optimizer, clip_norm)
+            else:
+                state["clip_norm"] = clip_norm
         step = self._fused_step if fused else self._checked_step
         result = step(optimizer, state, *args, **kwargs)
         state["stage"] = OptState.STEPPED

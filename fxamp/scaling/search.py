@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,54 +19,10 @@ from torch import fx, nn
 
 from fxamp.dtypes import LOW_DTYPES
 from fxamp.scaling.ranks import alone
+from fxamp.scaling.sights import Origin, Sight, look
 from fxamp.scaling.trail import Call, tensors_of
 
-__all__ = ["Origin", "kept_buffers", "origin_of"]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where the first value that is not finite appeared.
-
-    Attributes:
-        phase: "forward" or "backward".
-        node: of the graph.
-        how: "made" from finite values, in a "cast" of the pass, "given" as an input, a parameter or a gradient from
-            outside, "summed" of the gradients of several uses of the node's value (or what a hook made of one), or
-            "hooked": what a hook made of the gradient of the parameter ``tensor``.
-        nan: whether it is a NaN.
-        largest: the largest finite magnitude among what it was made from.
-        dtype: of the tensor it is in.
-        fits: whether the call gives finite values in float32; None when that is not known.
-        tensor: the path of the parameter or buffer that was given.
-    """
-
-    phase: str
-    node: fx.Node
-    how: str
-    nan: bool
-    largest: float
-    dtype: torch.dtype | None
-    fits: bool | None = None
-    tensor: str = ""
-
-
-@dataclass(frozen=True)
-class _Sight:
-    """The numbers of a value: whether there is a NaN, an infinity, a positive one; the largest finite magnitude.
-
-    The dtype is that of the first tensor in which not all are finite.
-    """
-
-    nan: bool = False
-    inf: bool = False
-    plus: bool = False
-    largest: float = 0.0
-    dtype: torch.dtype | None = None
-
-    @property
-    def finite(self) -> bool:
-        return not (self.nan or self.inf)
+__all__ = ["kept_buffers", "origin_of"]
 
 
 def origin_of(module: Any, call: Call) -> Origin | None:
@@ -77,9 +33,16 @@ def origin_of(module: Any, call: Call) -> Origin | None:
     with torch.random.fork_rng(devices), kept_buffers(root), torch.enable_grad(), alone():
         call.restore_random_state()
         variant = replace(call.variant, function=lambda _, *values: watched.run(*values))
-        outputs = tensors_of(module._run(variant, call.values))
-        leaves = {name: p for name, p in root.named_parameters() if p.requires_grad}
-        return watched.forward_origin(outputs) or watched.backward_origin(outputs, call.passes, leaves)
+        values = [value.clone() if isinstance(value, torch.Tensor) else value for value in call.values]
+        outputs = tensors_of(module._run(variant, values))  # which may write to them
+        places = [n for n in call.variant.graph.nodes if n.op == "placeholder"]
+        named = (*zip(places, call.values, strict=True), *root.named_parameters())
+        leaves = {name: leaf for name, leaf in named if isinstance(leaf, torch.Tensor) and leaf.requires_grad}
+        used = watched.sources_of([outputs[i] for given in call.passes for i in given])
+        found = watched.forward_origin(_last(used)) or watched.backward_origin(outputs, call.passes, leaves)
+        if found is not None and found.is_outside and found.phase == "backward":
+            found = watched.forward_origin(used) or found
+        return found
 
 
 @contextmanager
@@ -89,9 +52,8 @@ def kept_buffers(root: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        for buffer, before in buffers:
+            buffer.data.copy_(before)  # no news to a backward pass that is to come
 
 
 class _Watched(fx.Interpreter):
@@ -99,32 +61,37 @@ class _Watched(fx.Interpreter):
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(root, graph=graph)
-        self._sights: dict[fx.Node, _Sight] = {}
+        self._sights: dict[fx.Node, Sight] = {}
+        self._meant: set[fx.Node] = set()  # those whose infinities the model means
         self._fits: dict[fx.Node, bool | None] = {}
         self._owners: dict[Any, fx.Node] = {}  # of the nodes of autograd
         self._output: fx.Node | None = None
+        self._sources: dict[int, fx.Node] = {}  # of outputs, by the ids of these
         self._found: Origin | None = None
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         tensors = tensors_of(result)
-        self._sights[n] = _look(tensors)
+        self._sights[n] = look(tensors)
+        if self._is_meant(n):
+            self._meant.add(n)
         self._claim(n, tensors)
         if n.op == "output":
             self._output = n
+            self._sources = {id(tensor): source for source in _inputs(n) for tensor in tensors_of(self.env[source])}
         elif self._is_origin(n):
             self._fits[n] = self._fits_float32(n)
         return result
 
     # -- forward -----------------------------------------------------------------------------------
 
-    def forward_origin(self, outputs: list[torch.Tensor]) -> Origin | None:
-        """Where an output that gradients come from stopped to be finite."""
-        assert self._output is not None
-        ends = [n for n in self._output.all_input_nodes if not self._sights[n].finite]
-        if all(bool(torch.isfinite(output).all()) for output in outputs if output.requires_grad):
-            return None
-        return self._trace_back(ends)
+    def sources_of(self, outputs: Iterable[torch.Tensor]) -> list[fx.Node]:
+        """The nodes with these outputs."""
+        return list(dict.fromkeys(self._sources[id(output)] for output in outputs))
+
+    def forward_origin(self, ends: Iterable[fx.Node]) -> Origin | None:
+        """Where one of the values of these nodes stopped to be finite."""
+        return self._trace_back(node for node in ends if not self._sights[node].finite)
 
     def _trace_back(self, ends: Iterable[fx.Node]) -> Origin | None:
         """The first of all calls that the values of these nodes come from and that made something not finite."""
@@ -134,8 +101,10 @@ class _Watched(fx.Interpreter):
             if node not in seen:
                 seen.add(node)
                 waiting += [source for source in _inputs(node) if not self._sights[source].finite]
-        for node in self._sights:
-            if node in seen and self._is_origin(node):
+        places = {node.name: i for i, node in enumerate(self._sights)}
+        # Weights are cast before the first call; what matters is the place of the call that they are cast for.
+        for node in sorted(seen, key=lambda node: places.get(node.meta.get("for", ""), places[node.name])):
+            if self._is_origin(node):
                 sight, tensor = self._sights[node], self._bad_tensor(node)
                 how = "given" if node.op == "placeholder" or tensor else _how(node)
                 largest = max((self._sights[source].largest for source in _inputs(node)), default=sight.largest)
@@ -149,23 +118,34 @@ class _Watched(fx.Interpreter):
             value = self.fetch_attr(path)
             named = _tensors_of_module(value) if isinstance(value, nn.Module) else [("", value)]
             for name, tensor in named:
-                if not _look([tensor]).finite:
+                sight = look([tensor])
+                if not (sight.finite or (sight.masks and not isinstance(tensor, nn.Parameter))):
                     return f"{path}.{name}" if name else path
         return ""
 
     def _is_origin(self, node: fx.Node) -> bool:
         """Whether something of its value is not finite that neither its inputs have nor the model means."""
-        sight, sources = self._sights[node], [self._sights[source] for source in _inputs(node)]
-        if sight.finite:
-            return False
-        if any(source.nan for source in sources):
-            return False
-        meant = _means_infinity(node) or (node.op == "get_attr" and self._is_buffer(node))
-        meant = meant or (node.op == "placeholder" and not sight.plus)  # the mask of an attention
-        return sight.nan if meant or any(source.inf for source in sources) else True
+        return self._is_stray(node) and not any(map(self._is_stray, _inputs(node)))
 
-    def _is_buffer(self, node: fx.Node) -> bool:
-        return not isinstance(self.fetch_attr(str(node.target)), nn.Parameter)
+    def _is_stray(self, node: fx.Node) -> bool:
+        return not self._sights[node].finite and node not in self._meant
+
+    def _is_meant(self, node: fx.Node) -> bool:
+        """Whether its infinities are a mask's, or come from what the model itself names; a NaN is never meant."""
+        sight, sources = self._sights[node], [n for n in _inputs(node) if not self._sights[n].finite]
+        if sight.finite or sight.nan or not self._meant.issuperset(sources):
+            return False
+        if node.op == "placeholder" or (node.op == "get_attr" and not self._is_parameter(node)):
+            return sight.masks
+        named = _infinities(node)
+        return (
+            math.inf in named
+            or any(self._sights[n].plus for n in sources)
+            or (bool(named or sources) and not sight.plus)
+        )
+
+    def _is_parameter(self, node: fx.Node) -> bool:
+        return isinstance(self.fetch_attr(str(node.target)), nn.Parameter)
 
     def _fits_float32(self, node: fx.Node) -> bool | None:
         """Whether the call gives finite values when its inputs come in float32."""
@@ -175,7 +155,7 @@ class _Watched(fx.Interpreter):
             return True
         with suppress(Exception), torch.random.fork_rng(), torch.no_grad():
             args, kwargs = fx.node.map_aggregate(self.fetch_args_kwargs_from_env(node), _in_float32)
-            return _look(tensors_of(getattr(self, node.op)(node.target, args, kwargs))).finite
+            return look(tensors_of(getattr(self, node.op)(node.target, args, kwargs))).finite
         return None
 
     # -- backward ----------------------------------------------------------------------------------
@@ -184,32 +164,49 @@ class _Watched(fx.Interpreter):
         self,
         outputs: list[torch.Tensor],
         passes: list[dict[int, torch.Tensor | None]],
-        leaves: Mapping[str, torch.Tensor],
+        leaves: Mapping[str | fx.Node, torch.Tensor],
     ) -> Origin | None:
-        """Where a gradient stopped to be finite, with these gradients of the outputs."""
-        assert self._output is not None
+        """Where a gradient stopped to be finite, with these gradients of the outputs; inputs go by their nodes."""
         handles = [node.register_hook(functools.partial(self._passed, node)) for node in self._owners]
         try:
-            for given in passes:
-                seeds = {place: gradient for place, gradient in given.items() if gradient is not None}
-                sight = _look(seeds.values())
-                if not sight.finite:
-                    return Origin("backward", self._output, "given", sight.nan, sight.largest, sight.dtype)
-                if not seeds:
-                    continue
-                ends = [outputs[i] for i in seeds]
-                found = torch.autograd.grad(
-                    ends, [*leaves.values()], list(seeds.values()), retain_graph=True, allow_unused=True
-                )
-                if self._found is not None:
-                    return self._found
-                for name, gradient in zip(leaves, found, strict=True):
-                    if gradient is not None and not (sight := _look([gradient])).finite:
-                        return Origin("backward", self._output, "hooked", sight.nan, 0.0, sight.dtype, None, name)
+            return next(filter(None, (self._origin_of_pass(outputs, given, leaves) for given in passes)), None)
         finally:
             for handle in handles:
                 handle.remove()
-        return None
+
+    def _origin_of_pass(
+        self,
+        outputs: list[torch.Tensor],
+        given: Mapping[int, torch.Tensor | None],
+        leaves: Mapping[str | fx.Node, torch.Tensor],
+    ) -> Origin | None:
+        assert self._output is not None
+        kept = {i: g for i, g in given.items() if g is not None and outputs[i].grad_fn is not None}
+        if not kept:
+            return None
+        ends: list[Any] = [outputs[i] for i in kept]
+        handles = [
+            end.grad_fn.register_prehook(functools.partial(self._arrived, end.grad_fn, end.output_nr, gradient))
+            for end, gradient in zip(ends, kept.values(), strict=True)
+        ]
+        nothing = [torch.zeros_like(end) for end in ends]
+        found = torch.autograd.grad(ends, [*leaves.values()], nothing, retain_graph=True, allow_unused=True)
+        for handle in handles:
+            handle.remove()
+        for leaf, gradient in zip(leaves, found, strict=True):
+            if self._found is None and gradient is not None and not (sight := look([gradient])).finite:
+                node, how, name = (self._output, "hooked", leaf) if isinstance(leaf, str) else (leaf, "summed", "")
+                self._found = Origin("backward", node, how, sight.nan, sight.largest, sight.dtype, None, name)
+        return self._found
+
+    def _arrived(self, function: Any, number: int, gradient: torch.Tensor, gradients: tuple[Any, ...]) -> Any:
+        """Puts the gradient that an output got in the place of what the rest of the graph gives it, which is a part."""
+        here = look(part for part in gradients[number : number + 1] if part is not None)
+        if self._found is None and not (sight := look([gradient])).finite:
+            node, how = (self._output, "given") if here.finite else (self._owners[function], "summed")
+            assert node is not None
+            self._found = Origin("backward", node, how, sight.nan, sight.largest, sight.dtype)
+        return (*gradients[:number], gradient, *gradients[number + 1 :])
 
     def _claim(self, node: fx.Node, tensors: list[torch.Tensor]) -> None:
         """Notes that the nodes of autograd which are new belong to a node of the graph."""
@@ -223,7 +220,7 @@ class _Watched(fx.Interpreter):
     def _passed(self, function: Any, made: tuple[Any, ...], given: tuple[Any, ...]) -> None:
         if self._found is not None:
             return
-        before, after = (_look(g for g in gradients if isinstance(g, torch.Tensor)) for gradients in (given, made))
+        before, after = (look(g for g in gradients if isinstance(g, torch.Tensor)) for gradients in (given, made))
         if before.finite and after.finite:
             return
         node = self._owners[function]
@@ -240,31 +237,6 @@ def _tensors_of_module(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def _look(tensors: Iterable[torch.Tensor]) -> _Sight:
-    sights = [_look_at(tensor.detach()) for tensor in tensors]
-    return _Sight(
-        any(sight.nan for sight in sights),
-        any(sight.inf for sight in sights),
-        any(sight.plus for sight in sights),
-        max((sight.largest for sight in sights), default=0.0),
-        next((sight.dtype for sight in sights if not sight.finite), None),
-    )
-
-
-def _look_at(tensor: torch.Tensor) -> _Sight:
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0 or tensor.is_quantized:
-        return _Sight()
-    if tensor.layout is not torch.strided:
-        tensor = tensor.coalesce().values() if tensor.is_sparse else tensor.to_dense()
-    size = tensor.abs()
-    finite = torch.isfinite(size)
-    largest = torch.where(finite, size, 0).amax().double()
-    plus = size if tensor.is_complex() else tensor
-    flags = [torch.isnan(size).any(), torch.isinf(size).any(), torch.isposinf(plus).any()]
-    nan, inf, positive, most = torch.stack([*(flag.double() for flag in flags), largest]).tolist()
-    return _Sight(bool(nan), bool(inf), bool(positive), most, tensor.dtype)
-
-
 def _inputs(node: fx.Node) -> list[fx.Node]:
     """The nodes whose values it computes with; of a cast of one weight among several, that weight."""
     if "cast" in node.meta and node.target is operator.getitem:
@@ -273,14 +245,26 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
     return node.all_input_nodes
 
 
+def _last(nodes: list[fx.Node]) -> list[fx.Node]:
+    """Those among them that no other is computed with."""
+    waiting, seen = [source for node in nodes for source in _inputs(node)], set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting += _inputs(node)
+    return [node for node in nodes if node not in seen]
+
+
 def _how(node: fx.Node) -> str:
     return "cast" if "cast" in node.meta else "made"
 
 
-def _means_infinity(node: fx.Node) -> bool:
+def _infinities(node: fx.Node) -> list[float]:
+    """Those among the constants of a call."""
     given: list[Any] = []
     fx.node.map_aggregate((node.args, dict(node.kwargs)), given.append)
-    return any(isinstance(value, float) and math.isinf(value) for value in given)
+    return [value for value in given if isinstance(value, float) and math.isinf(value)]
 
 
 def _in_float32(value: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch.amp.grad_scaler import OptState
 
 from fxamp.errors import GradientError
-from fxamp.scaling.gradients import Gradients
+from fxamp.scaling.gradients import Gradients, clip_gradients
 from fxamp.scaling.ranks import Joining, agree, group_of, has_uneven_inputs, spans_the_world
 
 __all__ = ["Stepping", "combined"]
@@ -65,7 +65,10 @@ class Stepping(torch.amp.GradScaler, Joining):
     ) -> float | None:
         flags = optimizer_state["found_inf_per_device"].values()
         optimizer_state["skipped"] = skipped = bool(flags) and bool(combined(flags).item())
-        result: float | None = None if skipped else optimizer.step(*args, **kwargs)
+        if skipped:
+            return None
+        clip_gradients(optimizer, optimizer_state.pop("clip_norm", None))  # a NaN would be in all of them by that
+        result: float | None = optimizer.step(*args, **kwargs)
         return result
 
     def _fused_step(

@@ -28,10 +28,11 @@ _TRAILS: weakref.WeakSet[Trail] = weakref.WeakSet()
 
 @dataclass
 class _Clock:
-    """What the scalers of this process have done: how often they scaled, and how many iterations they ended."""
+    """How often the scalers of this process scaled, how many iterations they ended, and how many calls there were."""
 
     scaled: int = 0
     updated: int = 0
+    called: int = 0
 
 
 CLOCK: Final = _Clock()
@@ -46,6 +47,8 @@ class Call:
         passes: for each backward pass, the gradients that arrived at the outputs, by their place in the result; None
             for one that is too large to be kept.
         bytes: what the values take.
+        tasks: the numbers that autograd has for these passes.
+        number: of this call, among those of all modules.
     """
 
     def __init__(self, trail: Trail, variant: Any, values: Sequence[Any]) -> None:
@@ -53,6 +56,9 @@ class Call:
         self.values = [_without_history(value) for value in values]
         self.passes: list[dict[int, torch.Tensor | None]] = []
         self.bytes = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+        self.tasks: set[int] = set()
+        CLOCK.called += 1
+        self.number = CLOCK.called
         self._trail = weakref.ref(trail)
         self._scaled = CLOCK.scaled
         self._random = _random_state() if variant.draws else None
@@ -72,6 +78,7 @@ class Call:
         if not self.passes or place in self.passes[-1]:
             self.passes.append({})
         kept = gradient if gradient.nbytes <= _MOST_BYTES else None
+        self.tasks.add(torch._C._current_graph_task_id())
         self.passes[-1][place] = kept.detach() if kept is not None and kept.requires_grad else kept
         trail = self._trail()
         if trail is not None and self._scaled == CLOCK.scaled:  # none of our scalers is at work
