@@ -13,8 +13,10 @@ from __future__ import annotations
 import random
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -230,18 +232,21 @@ class Result:
         return "\n  ".join([*lines, *["what is proposed does not help"][: self.mended.count(None)]])
 
 
-def study(chosen: Iterable[Case], ranks: Ranks) -> list[Result]:
+def study(chosen: Sequence[Case], ranks: Ranks) -> list[Result]:
     """The results of these cases, those on two ranks on these."""
-    results = []
-    for case in chosen:
-        ours, torchs = (
-            ranks(play, case, torchs) if case.world > 1 else [play(0, case, torchs)] for torchs in (False, True)
-        )
-        skips = [(rank, skip) for rank, run in enumerate(ours) for skip in run.skips]
-        verdicts = [verdict_of(case, rank, skip) for rank, skip in skips]
-        mended = [skip.mended for _, skip in skips if skip.mendable]
-        results.append(Result(case, problems_of(case, ours, torchs), verdicts, mended))
-    return results
+    with ThreadPoolExecutor(1) as pool:  # this process runs the others while it would wait for the ranks
+        together = [pool.submit(_result, case, partial(ranks, play)) for case in chosen if case.world > 1]
+        alone = [_result(case, lambda case: [play(0, case)]) for case in chosen if case.world == 1]
+        results = [*alone, *(result.result() for result in together)]
+    return sorted(results, key=lambda result: result.case.seed)
+
+
+def _result(case: Case, play_all: Callable[[Case], list[tuple[Run, Run]]]) -> Result:
+    ours, torchs = map(list, zip(*play_all(case), strict=True))
+    skips = [(rank, skip) for rank, run in enumerate(ours) for skip in run.skips]
+    verdicts = [verdict_of(case, rank, skip) for rank, skip in skips]
+    mended = [skip.mended for _, skip in skips if skip.mendable]
+    return Result(case, problems_of(case, ours, torchs), verdicts, mended)
 
 
 def table(results: Sequence[Result]) -> str:
