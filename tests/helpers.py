@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,6 +15,17 @@ from torch.utils import _pytree as pytree
 
 import fxamp
 from fxamp.dtypes import abbreviate
+
+
+@functools.cache
+def has_low_lstm() -> bool:
+    """Whether torch has a bfloat16 LSTM for this CPU, as it has for those with instructions for that dtype."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            nn.LSTM(2, 2)(torch.ones(2, 1, 2))
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextmanager

