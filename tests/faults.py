@@ -13,10 +13,8 @@ from __future__ import annotations
 import random
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -171,8 +169,8 @@ def verdict_of(case: Case, rank: int, skip: Skip) -> Verdict:
     text = f"{skip.found!s}\nexpected: {skip.expected or 'nothing in the calls of this rank'}"
     if skip.expected:
         return Verdict(any(_is_named(case, skip, expected) for expected in skip.expected), text)
-    if rank != case.rank:
-        return Verdict(skip.found.value == "", text)  # it came from there
+    if rank != case.rank or (case.world > 1 and not KINDS[case.kind].outside):
+        return Verdict(skip.found.value == "", text)  # it came from the other rank
     return Verdict(_is_parameter_named(case, skip), text)
 
 
@@ -234,15 +232,11 @@ class Result:
 
 def study(chosen: Sequence[Case], ranks: Ranks) -> list[Result]:
     """The results of these cases, those on two ranks on these."""
-    with ThreadPoolExecutor(1) as pool:  # this process runs the others while it would wait for the ranks
-        together = [pool.submit(_result, case, partial(ranks, play)) for case in chosen if case.world > 1]
-        alone = [_result(case, lambda case: [play(0, case)]) for case in chosen if case.world == 1]
-        results = [*alone, *(result.result() for result in together)]
-    return sorted(results, key=lambda result: result.case.seed)
+    return [_result(case, ranks(play, case) if case.world > 1 else [play(0, case)]) for case in chosen]
 
 
-def _result(case: Case, play_all: Callable[[Case], list[tuple[Run, Run]]]) -> Result:
-    ours, torchs = map(list, zip(*play_all(case), strict=True))
+def _result(case: Case, runs: list[tuple[Run, Run]]) -> Result:
+    ours, torchs = map(list, zip(*runs, strict=True))
     skips = [(rank, skip) for rank, run in enumerate(ours) for skip in run.skips]
     verdicts = [verdict_of(case, rank, skip) for rank, skip in skips]
     mended = [skip.mended for _, skip in skips if skip.mendable]
