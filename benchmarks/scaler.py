@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxamp
+from benchmarks.timing import time_in_turns
 from fxamp.scaling.trail import Trail
 
 PARAMETERS = 40
@@ -66,23 +66,10 @@ def iteration(scaler: Any, make: Callable[..., torch.optim.Optimizer], device: s
     return run
 
 
-def timed(ways: Mapping[str, Callable[[], None]], rounds: int, calls: int, device: str) -> dict[str, float]:
-    """Microseconds of each, the median of rounds in turns."""
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, way in ways.items():
-            wait(device)
-            start = time.perf_counter()
-            for _ in range(calls):
-                way()
-            wait(device)
-            taken[name].append((time.perf_counter() - start) / calls * 1e6)
-    return {name: statistics.median(times[1:]) for name, times in taken.items()}
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def medians(ways: Mapping[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
+    """Microseconds of each."""
+    timed = time_in_turns(ways, rounds, device)
+    return {name: statistics.median(each.seconds) * 1e6 for name, each in timed.items()}
 
 
 def waits(way: Callable[[], None], device: str) -> int:
@@ -110,7 +97,7 @@ def of_optimizer(name: str, device: str, rounds: int) -> list[Any]:
         "torch": iteration(torch.amp.GradScaler(device, **settings), make, device),
         "fxamp": iteration(fxamp.GradScaler(device, **settings), make, device),
     }
-    found = timed(ways, rounds, 20, device)
+    found = medians(ways, rounds, device)
     alone = waits(ways["alone"], device)
     with Counted() as counted:
         ways["fxamp"]()
@@ -140,7 +127,7 @@ def of_notes(device: str, rounds: int) -> list[Any]:
         with mock.patch.object(Trail, "run", Trail.run):
             noted()
 
-    found = timed({"without": bare, "with": patched}, rounds, 20, device)
+    found = medians({"without": bare, "with": patched}, rounds, device)
     return [*found.values(), found["with"] / found["without"]]
 
 

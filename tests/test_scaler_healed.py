@@ -2,13 +2,12 @@
 
 import math
 import warnings
-from collections import Counter
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.scaler import Counted
 from fxamp.errors import FxampError
 from fxamp.scaling import GradScaler, Overflow
 from tests.scaling import INF, NAN, OPTIMIZERS, drive, overflowed, poison, small_model
@@ -409,16 +408,6 @@ def test_complex_gradients(conjugated):
 
 
 # -- who waits, and how often ----------------------------------------------------------------------------------
-
-
-class Counted(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -10,6 +10,8 @@ from typing import Any, Final
 import torch
 from torch import fx, nn
 
+from fxamp.scaling.search import untouched
+
 __all__ = ["seconds_of_calls"]
 
 _RUNS: Final = 5
@@ -24,18 +26,13 @@ def seconds_of_calls(root: nn.Module, graph: fx.Graph, values: Sequence[Any]) ->
         values: of its placeholders.
     """
     found: dict[str, list[float]] = {}
-    buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]
-    try:
+    with untouched(root):
         for _ in range(1 + _RUNS):
             timed = _Timed(root, graph)
-            with torch.random.fork_rng(), torch.set_grad_enabled(torch.is_grad_enabled()):
+            with torch.set_grad_enabled(torch.is_grad_enabled()):  # which the graph may switch
                 timed.run(*values)
             for name, seconds in timed.seconds.items():
                 found.setdefault(name, []).append(seconds)
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
     return {name: median(seconds[1:]) for name, seconds in found.items()}
 
 

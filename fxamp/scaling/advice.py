@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from torch import fx, nn
 from fxamp.errors import FxampError
 from fxamp.plan import PrecisionPlan, tensors_in
 from fxamp.scaling.checks import MAX_SCALE, check_loss
-from fxamp.scaling.search import kept_buffers
+from fxamp.scaling.search import untouched
 from fxamp.scaling.trail import tensors_of
 
 __all__ = ["Advice", "advise"]
@@ -129,11 +129,10 @@ class _Found:
 
 def _measure(amp: Any, batch: Any, loss: Callable[[Any, Any], torch.Tensor] | None, found: _Found) -> None:
     """Adds the gradients of a batch; the module, its gradients and the random generators are then as before."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     run = amp._run
     amp.__dict__["_run"] = partial(_run_in_float32, run, amp._root, found)
     try:
-        with torch.random.fork_rng(devices), kept_buffers(amp._root), torch.enable_grad():
+        with untouched(amp._root), torch.enable_grad():
             inputs = batch if isinstance(batch, tuple | list) else (batch,)
             value = loss(amp, batch) if loss is not None else amp(*inputs)
             if loss is None and amp._conversion.program.has_loss:
@@ -149,20 +148,8 @@ def _measure(amp: Any, batch: Any, loss: Callable[[Any, Any], torch.Tensor] | No
 def _run_in_float32(
     run: Callable[..., Any], root: nn.Module, found: _Found, variant: Any, values: Sequence[Any]
 ) -> Any:
-    graph, plan = variant.traced.graph, variant.plan
-    observed = _Observed(root, graph, plan, found)
-    return run(_Stand(variant, lambda _, *values: observed.run(*values)), values)
-
-
-class _Stand:
-    """A variant that runs another function."""
-
-    def __init__(self, variant: Any, function: Callable[..., Any]) -> None:
-        self._variant = variant
-        self.function = function
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._variant, name)
+    observed = _Observed(root, variant.traced.graph, variant.plan, found)
+    return run(replace(variant, function=lambda _, *values: observed.run(*values)), values)
 
 
 class _Observed(fx.Interpreter):

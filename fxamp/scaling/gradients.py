@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fxamp.errors import FxampError, GradientError
+from fxamp.scaling.sights import look
 from fxamp.scaling.trail import trails
 
 __all__ = ["Gradients", "clip_gradients", "is_finite", "is_spread", "named_parameters"]
@@ -117,10 +118,7 @@ def named_parameters(optimizer: Optimizer, modules: Iterable[nn.Module] = ()) ->
 
 def is_finite(gradient: Any) -> bool:
     """Whether all numbers of a gradient are finite; of a ``DTensor``, of the part on this rank."""
-    if hasattr(gradient, "device_mesh"):
-        gradient = gradient.to_local()
-    values = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return bool(torch.isfinite(values).all())
+    return look([gradient.to_local() if hasattr(gradient, "device_mesh") else gradient]).finite
 
 
 def is_spread(parameter: torch.Tensor) -> bool:

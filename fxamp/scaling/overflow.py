@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import fx
 
+from fxamp.capture.members import find
 from fxamp.dtypes import LOW_DTYPES, abbreviate
 from fxamp.plan import Decision
 from fxamp.scaling.gradients import is_finite, is_spread, named_parameters
@@ -198,10 +199,10 @@ def _of_parameters(known: Iterable[Trail], span: range, parameters: set[int]) ->
         for call in trail.calls_of(span)[-1:]:
             nodes: dict[fx.Node, None] = {}
             for node in call.variant.traced.graph.nodes:
-                if node.op == "get_attr" and id(_attribute(trail.module._root, str(node.target))) in parameters:
+                if node.op == "get_attr" and id(find(trail.module._root, str(node.target))) in parameters:
                     nodes.update(dict.fromkeys(node.users))
                 elif node.op == "call_module":
-                    module = trail.module._root.get_submodule(str(node.target))
+                    module = find(trail.module._root, str(node.target))
                     if not parameters.isdisjoint(map(id, module.parameters())):
                         nodes[node] = None
             if nodes:
@@ -226,9 +227,3 @@ def _what(origin: Origin) -> str:
     if origin.tensor:
         return f"'{origin.tensor}' of the model"
     return "an input of the model" if origin.phase == "forward" else "the gradient of the output"
-
-
-def _attribute(root: Any, path: str) -> Any:
-    for name in path.split("."):
-        root = getattr(root, name, None)
-    return root

@@ -2,7 +2,7 @@
 
 ``GradScaler`` is ``torch.amp.GradScaler`` and takes its place anywhere: the same methods, states,
 errors and ``state_dict``. What it adds: ``backward``, bounds for the scale, agreement between ranks, ``skipped``, and
-``overflow`` to say where a skipped step came from. Nothing it adds waits for the device before it is read.
+``overflow`` to say where a skipped step came from. On one rank nothing it adds waits for the device before it is read.
 """
 
 from __future__ import annotations

@@ -22,15 +22,14 @@ from fxamp.scaling.ranks import alone
 from fxamp.scaling.sights import Origin, Sight, look
 from fxamp.scaling.trail import Call, tensors_of
 
-__all__ = ["kept_buffers", "origin_of"]
+__all__ = ["origin_of", "untouched"]
 
 
 def origin_of(module: Any, call: Call) -> Origin | None:
     """The origin of what is not finite in a call of a converted module or its gradients; None: all of it is finite."""
     root = module._root
     watched = _Watched(root, call.variant.graph)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices), kept_buffers(root), torch.enable_grad(), alone():
+    with untouched(root), torch.enable_grad(), alone():
         call.restore_random_state()
         variant = replace(call.variant, function=lambda _, *values: watched.run(*values))
         values = [value.clone() if isinstance(value, torch.Tensor) else value for value in call.values]
@@ -46,14 +45,16 @@ def origin_of(module: Any, call: Call) -> Origin | None:
 
 
 @contextmanager
-def kept_buffers(root: nn.Module) -> Iterator[None]:
-    """A context that what is written to buffers does not outlast."""
+def untouched(root: nn.Module) -> Iterator[None]:
+    """A context that leaves the buffers of a module and the random generators as they were."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, before in buffers:
-            buffer.data.copy_(before)  # no news to a backward pass that is to come
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for buffer, before in buffers:
+                buffer.data.copy_(before)  # no news to a backward pass that is to come
 
 
 class _Watched(fx.Interpreter):
